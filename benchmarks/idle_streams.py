@@ -6,7 +6,7 @@ The clock of the follower runs faster than the real one: each round is half a se
 result is for streams that have been quiet for minutes.
 """
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ ROUND_SECONDS: Final = 0.5
 
 
 class SteppedClock:
-    """A clock that moves only when told to."""
+    """A clock that moves only when it is set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -57,5 +57,7 @@ def measure(streams: int) -> float:
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("streams", type=int, nargs="?", default=1000)
+    count = parser.parse_args().streams
     print(f"{count} idle streams: {100 * measure(count):.2f} % of a core")

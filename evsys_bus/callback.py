@@ -1,4 +1,4 @@
-"""The contract for callback authors: `Callback`, its eleven hooks, and what happens when one raises.
+"""The contract for callback authors: `Callback`, its hooks, and what happens when one raises.
 
 This module contains the contract, its checks, and `dispatch`, which calls one hook on many callbacks. The bus calls
 hooks by itself, faster, with the same isolation (`isolate`).
@@ -6,7 +6,7 @@ hooks by itself, faster, with the same isolation (`isolate`).
 
 import inspect
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import FunctionType
 from typing import Any, ClassVar, Final, Literal, Self, cast, overload
@@ -16,6 +16,7 @@ import msgspec
 from evsys_bus.adapter import Adapter, EventInfo, RetryPolicy, Spawner
 from evsys_bus.context import (
     ArmResult,
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -29,13 +30,14 @@ from evsys_bus.context import (
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import (
     AsyncHookError,
+    HookError,
     HookSignatureError,
     MisspeltHookError,
     NotACallbackError,
     NotAttachedError,
     closest_word,
 )
-from evsys_bus.events import Event, declared_events
+from evsys_bus.events import Event, declared_events, is_newer
 
 
 class _CurrentEvent:
@@ -132,6 +134,37 @@ class Callback(Adapter):
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Fires once at the end of the experiment."""
 
+    # Hooks since 0.2. A callback that uses one of these names otherwise goes on working: its method is not called.
+
+    def on_metrics(self, state: LoopState, step_idx: int, metrics: dict[str, Any]) -> None:
+        """Fires for each part of a step's row, as it is logged; the whole row follows with `on_step_end`."""
+
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+        """Fires after each pass over the data."""
+
+    def on_rollout(
+        self, state: LoopState, step_idx: int, rollouts: list[Any], rollout_items: Sequence[Any] = ()
+    ) -> None:
+        """Fires after a step has sampled trajectories."""
+
+    def on_train_data(self, ctx: LogContext, rows: list[Any]) -> None:
+        """Fires once per run with the examples as they are rendered for training."""
+
+    def on_environment(self, ctx: LogContext, facts: dict[str, Any]) -> None:
+        """Fires once per start of a run, with the commit, command line, packages, host and GPUs."""
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Fires when keys of the run's configuration were added or changed; ``config`` has only these."""
+
+    def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
+        """Fires when values that describe the run as a whole were set; ``values`` has only these."""
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Fires after a text, picture, table, file or the like was stored in the run's directory."""
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Fires for something that a person should see; ``level`` is ``info``, ``warning`` or ``error``."""
+
     def spawn(
         self,
         fn: Callable[..., Coroutine[Any, Any, object]],
@@ -185,7 +218,7 @@ class Callback(Adapter):
     def publish(self, event: Event) -> None:
         """Record an event, such as a result of one of the callback's tasks.
 
-        In a followed callback it goes into the couriers' own stream of the journal, which adapters are not given,
+        In a followed callback it is recorded in the couriers' own stream of the journal, which adapters are not given,
         except for `RunAnnotated`. Inline it is an ordinary event, with its hooks.
 
         Raises:
@@ -334,7 +367,7 @@ def check_return_value(callback: object, hook: str, value: object) -> None:
     if issubclass(kind, Coroutine):
         cast("Coroutine[Any, Any, Any]", value).close()  # avoids the warning "was never awaited"
     raise AsyncHookError(
-        f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nobody runs it",
+        f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nothing runs it",
         why="hooks are sync: the loop never waits for a callback",
         fix="start it inside the hook: self.spawn(coroutine_function, *args); a decorator must call what it wraps",
     )
@@ -364,6 +397,8 @@ def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object
     inherited = getattr(Callback, event_type.hook, None)
     if not callable(method) or (inherited is not None and getattr(method, "__func__", None) is inherited):
         return None
+    if is_newer(event_type) and _hook_error(callback, method, event_type) is not None:
+        return None  # an older callback's own method of that name
     return method
 
 
@@ -397,15 +432,18 @@ def check_hooks(callback: object) -> None:
     for hook in sorted(names):
         method = get_attribute(callback, hook)
         event = events.get(hook)
-        if not callable(method):
-            if event is not None and isinstance(callback, Callback):
-                _check_disabled(callback, hook)
-            continue
         if event is not None:
-            _check_hook(owner, hook, method, event)
+            error = _hook_error(callback, method, event)
+            if error is not None and not is_newer(event):
+                raise error
+            if error is not None:
+                log().warning("callback.hook_not_called", callback=owner, hook=hook, why=error.what, fix=error.fix)
+            continue
+        if not callable(method):
             continue
         closest = _closest_hook(hook, events)
-        if closest is not None and not _is_inherited_from_foreign_class(callback, hook):
+        is_mistake = closest is not None and not is_newer(events[closest])
+        if is_mistake and not _is_inherited_from_foreign_class(callback, hook):
             raise MisspeltHookError(
                 f"{owner}.{hook} is not a hook, so it would never be called",
                 fix=f'did you mean "{closest}"? If it is not meant as a hook, choose a name that is further from it',
@@ -415,8 +453,8 @@ def check_hooks(callback: object) -> None:
             log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
 
 
-def _check_disabled(callback: Callback, hook: str) -> None:
-    """Raise unless the hook, which cannot be called, is None: that disables an inherited one."""
+def _disabled_error(callback: object, hook: str) -> HookError | None:
+    """Return the error of a hook that cannot be called, unless it is None: that disables an inherited one."""
     cause = None
     try:
         value = getattr(callback, hook)
@@ -424,37 +462,49 @@ def _check_disabled(callback: Callback, hook: str) -> None:
     except Exception as error:  # a property of the callback
         value, cause = callback, error
         why = f"reading it raised {type(error).__name__}: {error}"
-    if value is not None:
-        raise HookSignatureError(
-            f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
-            why=why,
-            fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
-        ) from cause
+    if value is None:
+        return None
+    error = HookSignatureError(
+        f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
+        why=why,
+        fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
     if inspect.isgeneratorfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} has a `yield` in it, so calling it would run none of its lines",
-            why="a function with a `yield` is a generator: it runs when somebody iterates over it, and nobody does",
+            why="a function with a `yield` is a generator: it runs only when iterated over, and nothing does that",
             fix="take the `yield` out, or move it into a function that the hook calls",
         )
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} is async, but hooks are sync",
-            why="the loop never waits for a callback, so nobody would await it",
+            why="the loop never waits for a callback, so nothing would await it",
             fix=fix,
         )
 
 
-def _check_hook(owner: str, hook: str, method: Callable[..., object], event: type[Event]) -> None:
+def _hook_error(callback: object, method: Any, event: type[Event]) -> HookError | None:
+    """Return the error of an attribute that has the name of the event's hook and cannot be called as such."""
+    owner, hook = type(callback).__name__, event.hook
+    if not callable(method):
+        return _disabled_error(callback, hook) if isinstance(callback, Callback) else None
+    if getattr(method, "__func__", None) is getattr(Callback, hook, ...):
+        return None  # the inherited no-op
     fix = f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)"
-    _check_sync(owner, hook, method, fix)
+    try:
+        _check_sync(owner, hook, method, fix)
+    except AsyncHookError as error:
+        return error
     positional = [name for name in event.__struct_fields__ if name not in event.keywords]
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
-        return  # a callable written in C may have no signature
+        return None  # a callable written in C may have no signature
     try:
         signature.bind(*(_PLACEHOLDER for _ in positional), **dict.fromkeys(event.keywords, _PLACEHOLDER))
     except TypeError as error:
@@ -462,11 +512,12 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
             f"{field.name}=..." for field in msgspec.structs.fields(event) if field.name in event.keywords
         ]
         arguments = ", ".join([*positional, *(["*", *keyword_arguments] if keyword_arguments else [])])
-        raise HookSignatureError(
+        return HookSignatureError(
             f"{owner}.{hook}{signature} cannot be called with the event's arguments",
             why=str(error),
             fix=f"write `def {hook}(self, {arguments})`; the names of positional arguments are free, *args works too",
-        ) from None
+        )
+    return None
 
 
 def _is_inherited_from_foreign_class(callback: object, method: str) -> bool:

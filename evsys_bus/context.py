@@ -296,6 +296,31 @@ class ManifestRow(msgspec.Struct, frozen=True):
             msgspec.structs.force_setattr(self, "name", str(self.name))
 
 
+ContentKind = Literal["text", "table", "histogram", "image", "audio", "video", "figure", "html", "artifact"]
+
+
+class ContentItem(msgspec.Struct, frozen=True):
+    """A text, picture, table, file or the like that a run has stored, by reference."""
+
+    kind: ContentKind
+    name: str
+    """Chosen by the program; the same name at several steps is one series."""
+    path: str | None = None
+    """Relative to the run's directory: ``media/<digest>.<suffix>``, or a directory there. None if `data` holds all."""
+    digest: str = ""
+    """SHA-256 of the file in hexadecimal; of a directory, that of its manifest."""
+    media_type: str = ""
+    """As in HTTP: ``image/png``."""
+    size: int = 0
+    """In bytes."""
+    caption: str | None = None
+    artifact_type: str | None = None
+    """Of an artifact: what it is used for, such as ``dataset``."""
+    data: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """The small part: ``{"text"}`` of a short text; ``{"edges", "counts"}`` of a histogram, with one edge more than
+    counts; ``{"columns", "rows", "row_count"}`` with the first rows of a table."""
+
+
 class LoopArtifacts(msgspec.Struct, frozen=True):
     """What a training loop leaves behind."""
 
@@ -334,6 +359,8 @@ class RunResult(msgspec.Struct, frozen=True):
     artifacts: LoopArtifacts | None = None
     error: str | None = None
     """The exception as text, if the run failed."""
+    implied: bool = False
+    """Whether the program left without ending the run, so that its bus did."""
 
 
 class ArmResult(msgspec.Struct, frozen=True):

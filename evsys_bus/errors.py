@@ -31,7 +31,8 @@
     │   ├── UnrecordedError      EB802       the disk refused an event, and the journal is configured to raise
     │   ├── JournalVersionError  EB803       written by a newer version
     │   ├── JournalClosedError   EB804       an append before the journal was opened, or after it was closed
-    │   └── JournalInUseError    EB805       a live process is writing what was to be changed
+    │   ├── JournalInUseError    EB805       a live process is writing what was to be changed
+    │   └── RunNotFoundError (FileNotFoundError) EB806 no recorded run in a folder, or several
     ├── DeliveryError                        raised by a sink to decide what happens to the batch
     │   ├── RetryLaterError      EB901       not now: the destination is busy or away
     │   ├── ParkedError          EB902       not until a person fixes it: the destination refuses our credentials
@@ -121,7 +122,7 @@ class DocumentError(ConfigError):
     code = "EB107"
 
 
-class ConfigErrors(ConfigError):  # noqa: N818 # several errors, and the name says so
+class ConfigErrors(ConfigError):  # noqa: N818 # several errors, as the name shows
     """Several config errors, found in one pass, in the order of the file."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:
@@ -259,6 +260,12 @@ class JournalInUseError(JournalError):
     """A live process is writing what was to be changed."""
 
     code = "EB805"
+
+
+class RunNotFoundError(JournalError, FileNotFoundError):
+    """There is no recorded run in a folder, or there are several where one is to be read."""
+
+    code = "EB806"
 
 
 class DeliveryError(EvsysBusError):

@@ -14,6 +14,9 @@ The timeline; each event calls the hook ``on_<name>`` with its fields, in their 
     │  │  RunEnd                                     after eval, before the run is marked completed
     ExperimentEnd                                    once, at the end
 
+Any number of times, while a run is open: Metrics (a part of a step's row), EpochEnd, Rollout, TrainData, Environment,
+ConfigUpdate, Summary, Content and Alert.
+
 To declare your own event, subclass `Event`; its hook is named after the class, and callbacks that have such a method
 are called. Hooks take positional arguments in the order of the fields; fields listed in ``keywords`` are passed by
 name.
@@ -28,12 +31,13 @@ Example:
 
 import re
 from keyword import iskeyword
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 
 from evsys_bus.context import (
     ArmResult,
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -45,6 +49,7 @@ from evsys_bus.context import (
     TrainingBatch,
     to_int,
 )
+from evsys_bus.diagnostics import log
 from evsys_bus.errors import EventError
 
 _RESERVED: Final = frozenset({"hook", "keywords"})
@@ -55,12 +60,21 @@ _SHIPPED_MODULES: Final = {  # events of the library in other modules, whether i
 _STEP_BITS: Final = 63
 """Maximum size of a step in the files of TensorBoard and W&B, without the sign."""
 _declared: dict[str, type["Event"]] = {}
+_newer: dict[str, type["Event"]] = {}
+"""The events that were added to the library after version 0.1, by the name of their hook."""
+_PREFIX: Final = "run."
+"""Of the tags of newer events, so that an event which a program has declared under the same name keeps its records."""
 
 
 def _tag_of(name: str) -> str:
     if name == "RunAnnotated":
         return "learnt"  # its tag in journals since 0.1, where the class had this name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def event_tag(event_type: type["Event"]) -> str:
+    """Return the type of an event in records: ``step_end``."""
+    return str(event_type.__struct_config__.tag)
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
@@ -87,7 +101,10 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
                     f"event {cls.__qualname__} has a field called {field!r}, which no hook could be given",
                     fix="give the field another name",
                 )
-        tag = _tag_of(cls.__name__)
+        tag = name = _tag_of(cls.__name__)
+        if cls.__module__ == __name__ and cls.__name__ in _NEWER_EVENTS:
+            tag = _PREFIX + name
+            _newer[f"on_{name}"] = cls
         previous = _declared.get(tag)
         is_taken = _SHIPPED_MODULES.get(tag, cls.__module__) != cls.__module__
         if is_taken or (previous is not None and previous.__module__ == __name__):
@@ -95,8 +112,17 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
                 f"event {cls.__qualname__} has the name of an event that ships with evsys-bus",
                 fix="give it another name, or publish the one that ships",
             )
-        cls.hook = f"on_{tag}"
+        cls.hook = f"on_{name}"
         _declared[tag] = cls
+        newer = _newer.get(cls.hook, cls)
+        if newer is not cls and newer.hook == cls.hook:  # the program's own event has the name, whatever ships later
+            newer.hook = f"on_run_{name}"
+            log().warning("event.hook_renamed", shipped=f"{__name__}.{newer.__name__}", hook=newer.hook, taken_by=cls)
+
+
+_NEWER_EVENTS: Final = frozenset(
+    {"Metrics", "EpochEnd", "Rollout", "TrainData", "Environment", "ConfigUpdate", "Summary", "Content", "Alert"}
+)
 
 
 def lookup_event_type(tag: str) -> type[Event] | None:
@@ -104,12 +130,14 @@ def lookup_event_type(tag: str) -> type[Event] | None:
     return _declared.get(tag)
 
 
+def is_newer(event_type: type[Event]) -> bool:
+    """Return whether the event was added to the library after version 0.1, so that older callbacks do not know it."""
+    return event_type in _newer.values()
+
+
 def is_shipped(event_class: type[Event]) -> bool:
     """Return whether an event type is part of the library, so that every process can decode it."""
-    return (
-        event_class.__module__ == __name__
-        or _SHIPPED_MODULES.get(event_class.hook.removeprefix("on_")) == event_class.__module__
-    )
+    return event_class.__module__ == __name__ or _SHIPPED_MODULES.get(event_tag(event_class)) == event_class.__module__
 
 
 def declared_events() -> dict[str, type[Event]]:
@@ -148,8 +176,8 @@ class StepEnd(Event, frozen=True):
     state: LoopState
     step_idx: int
     """0-based. Async loops may publish several rows for one step, late and out of order."""
-    batch: TrainingBatch
-    metrics: dict[str, float]
+    batch: TrainingBatch = msgspec.field(default_factory=TrainingBatch)
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     """Inline callbacks may add keys; later callbacks and every sink see them."""
 
 
@@ -166,7 +194,7 @@ class Eval(Event, frozen=True):
     state: LoopState
     step_idx: int
     eval_name: str
-    metrics: dict[str, float]
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
 class BenchmarkEval(Event, frozen=True):
@@ -176,7 +204,7 @@ class BenchmarkEval(Event, frozen=True):
 
     ctx: LogContext
     eval_result: EvalResult
-    predictions: list[Prediction]
+    predictions: list[Prediction] = msgspec.field(default_factory=list[Prediction])
     step: int | None = None
     """The 0-based train step; None after training."""
 
@@ -185,15 +213,15 @@ class TrainEnd(Event, frozen=True):
     """Once, after the loop; also when it raised (then ``state.error`` is set)."""
 
     state: LoopState
-    artifacts: LoopArtifacts
+    artifacts: LoopArtifacts = msgspec.field(default_factory=LoopArtifacts)
 
 
 class RunEnd(Event, frozen=True):
     """Per run, after eval, before the run is marked completed."""
 
     ctx: LogContext
-    run_result: RunResult
-    arm: ArmResult
+    run_result: RunResult = msgspec.field(default_factory=RunResult)
+    arm: ArmResult = msgspec.field(default_factory=lambda: ArmResult(name=""))
 
 
 class ExperimentEnd(Event, frozen=True):
@@ -203,9 +231,83 @@ class ExperimentEnd(Event, frozen=True):
     result: ExperimentResult
 
 
+class Metrics(Event, frozen=True, tag=f"{_PREFIX}metrics"):
+    """A part of a step's row. The whole row follows as a `StepEnd`; adapters need not handle its parts."""
+
+    state: LoopState
+    step_idx: int
+    metrics: dict[str, Any]
+
+
+class EpochEnd(Event, frozen=True, tag=f"{_PREFIX}epoch_end"):
+    """After a pass over the data."""
+
+    state: LoopState
+    epoch: int
+    """0-based."""
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+
+
+class Rollout(Event, frozen=True, tag=f"{_PREFIX}rollout"):
+    """The trajectories that a step of reinforcement learning has sampled."""
+
+    state: LoopState
+    step_idx: int
+    rollouts: list[Any]
+    """Plain data of the host's own structure, one entry per trajectory."""
+    rollout_items: list[Any] = msgspec.field(default_factory=list[Any])
+    """The items of the data set that they were sampled for."""
+
+
+class TrainData(Event, frozen=True, tag=f"{_PREFIX}train_data"):
+    """The examples as they are rendered for training, once per run."""
+
+    ctx: LogContext
+    rows: list[Any]
+
+
+class Environment(Event, frozen=True, tag=f"{_PREFIX}environment"):
+    """Where a run takes place: commit, command line, packages, host, GPUs; once per start, a moment after RunStart."""
+
+    ctx: LogContext
+    facts: dict[str, Any]
+
+
+class ConfigUpdate(Event, frozen=True, tag=f"{_PREFIX}config_update"):
+    """Keys of a run's configuration that were added or changed after its start."""
+
+    ctx: LogContext
+    config: dict[str, Any]
+
+
+class Summary(Event, frozen=True, tag=f"{_PREFIX}summary"):
+    """Values that describe a run as a whole: the newest of each name counts."""
+
+    ctx: LogContext
+    values: dict[str, Any]
+
+
+class Content(Event, frozen=True, tag=f"{_PREFIX}content"):
+    """A text, picture, table, file or the like; it is stored in the run's directory before the event is published."""
+
+    state: LoopState
+    step_idx: int | None
+    """None for what belongs to the run as a whole."""
+    item: ContentItem
+
+
+class Alert(Event, frozen=True, tag=f"{_PREFIX}alert"):
+    """Something that a person should see."""
+
+    ctx: LogContext
+    title: str
+    text: str = ""
+    level: Literal["info", "warning", "error"] = "warning"
+
+
 def step_field(event_type: type[Event]) -> str | None:
     """Return the name of the field that holds the step of one of our events, or None."""
-    if issubclass(event_type, StepEnd | Eval):
+    if issubclass(event_type, StepEnd | Eval | Metrics | Rollout | Content):
         return "step_idx"
     return "step" if issubclass(event_type, BenchmarkEval) else None
 
@@ -220,7 +322,7 @@ def with_int_step(event: Event) -> Event:
     if name is None:
         return event
     value: Any = getattr(event, name)
-    if value is None and isinstance(event, BenchmarkEval):
+    if value is None and isinstance(event, BenchmarkEval | Content):
         return event
     try:
         step = to_int(value)

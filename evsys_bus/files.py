@@ -414,6 +414,7 @@ class AppendFile:
             log().warning("file.torn", file=str(self.path), kept_bytes=intact_bytes, aside=quarantine_path)
 
     def _truncate_torn_end(self, fd: int) -> None:
+        """Remove an incomplete last line; subclasses with other records override it."""
         size = start = self._disk.length(fd)
         newline = -1
         while start and newline < 0:

@@ -78,7 +78,12 @@ class Savepoints:
                 self._remove(path)
         self._previous_versions = [each for each in self._previous_versions if each[0] == last_mark.number]
         for file in self._changed_files:
-            self._sync(self._disk.resolve(file))
+            path = self._disk.resolve(file)
+            for each in (path, parent_folder(path)):
+                try:
+                    self._disk.sync_path(each)
+                except FileNotFoundError:  # it was removed; the next row creates it again
+                    continue
         if self._changed_files or not last_mark.number:
             self._marked_sizes = {file: self._size(file) for file in self._open_files}
             previous_versions = [path for _, path in self._previous_versions]
@@ -239,13 +244,6 @@ class Savepoints:
                 self._disk.close(file)
         elif actual_size < size:
             log().warning("rewind.bytes_missing", file=path, at_the_mark=size, there=actual_size)
-
-    def _sync(self, path: str) -> None:
-        for each in (path, parent_folder(path)):
-            try:
-                self._disk.sync_path(each)
-            except FileNotFoundError:  # it was removed; the next row creates it again
-                continue
 
     def _size(self, path: str) -> int:
         try:

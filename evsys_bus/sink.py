@@ -158,11 +158,6 @@ def check_sink(sink: Sink | type[Sink]) -> None:
         )
         _check_method(f"{owner}.{name}", method, call_arguments, f"async def {name}({', '.join(('self', *arguments))})")
     _check_raw(sink, owner)
-    _check_no_hooks(sink, owner)
-    check_marks(sink)
-
-
-def _check_no_hooks(sink: Sink | type[Sink], owner: str) -> None:
     cls = sink if isinstance(sink, type) else type(sink)
     own_names = {name for each in cls.__mro__ if issubclass(each, Sink) for name in vars(each)}
     hook = next((event.hook for event in declared_events().values() if event.hook in own_names), None)
@@ -172,6 +167,7 @@ def _check_no_hooks(sink: Sink | type[Sink], owner: str) -> None:
             why="a sink gets every event by `write`; hooks are methods of a callback",
             fix="handle the event in `write`, or write a Callback whose `delivery` is the sink",
         )
+    check_marks(sink)
 
 
 def _check_raw(sink: Sink | type[Sink], owner: str) -> None:
@@ -224,7 +220,7 @@ def _check_method(label: str, method: Callable[..., object], arguments: Sequence
         raise SinkMethodError(
             f"{label} is not async, but couriers await it",
             why="what it returns could not be awaited, so each call would count as failed",
-            fix=f"write `{declaration}`; what blocks goes to a thread: await asyncio.to_thread(...)",
+            fix=f"write `{declaration}`; run blocking code on a thread: await asyncio.to_thread(...)",
         )
     try:
         signature = inspect.signature(method)

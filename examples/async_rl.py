@@ -133,7 +133,7 @@ async def main(output_dir: Path) -> None:
             bus.publish(TrainEnd(state, LoopArtifacts(str(output_dir), checkpoints=rows)))
     print(f"ended at step {state.step} of {state.num_steps}: {state.stop_reason}")
     print("published", bus.health().published)
-    print("receipt", bus.receipt)
+    print(bus.receipt)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(output_dir: Path) -> None:
                 bus.publish(Checkpoint(state, ManifestRow(path.stem, batch=step_idx, state_path=str(path))))
         bus.publish(TrainEnd(state, LoopArtifacts(str(output_dir), total_requested_steps=STEPS)))
     print(f"y = {slope:.2f} x {intercept:+.2f}")
-    print("receipt", bus.receipt)
+    print(bus.receipt)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Fixtures for all tests: both event loops, and real programs in separate processes."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import uvloop
 
 from evsys_bus import LoopState, StepEnd, TrainingBatch
-from evsys_bus.cli import run
+from support.programs import command_in
 
 # The tests start hundreds of interpreters. Where this is set (as in container images), each compiles everything that it
 # imports, which is most of the work of a short program.
@@ -34,9 +33,15 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Define the classes of docstring examples in ``__main__``: an event of an example belongs to no package."""
+    """Make `long` what is on uvloop only; define the classes of docstring examples in ``__main__``.
+
+    There, an event of an example belongs to no package.
+    """
     for item in items:
+        if "[uvloop" in item.name and item.get_closest_marker("long_on_uvloop"):
+            item.add_marker(pytest.mark.long)
         if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
             item.dtest.globs["__name__"] = "__main__"
 
@@ -71,10 +76,11 @@ def step_end(state: LoopState) -> Callable[..., StepEnd]:
 def evsys_bus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process, in tmp_path; returns exit code, stdout and stderr."""
 
+    run_here = command_in(tmp_path, capsys)
+
     def command(*arguments: object) -> tuple[int, str, str]:
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return code, *capsys.readouterr()
+        done = run_here(*arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return command
 

@@ -351,7 +351,7 @@ class Publisher:
     def kill(self):
         if self.writer is not None:
             self.process.kill()
-            self.writer._maintenance.abandon()
+            self.writer.abandon()
             self.writer = None
 
     def _append(self, event, *, essential=False):

@@ -188,9 +188,9 @@ class SimulatedSubscription:
         self._check_failures()
 
     def _check_failures(self):
-        receiver = self.courier._receiver
-        if self.process.alive and (receiver.failures or receiver.task_failures):
-            raise Violation(f"{self.name} failed: {receiver.last_failure}")
+        counts = self.courier.failure_counts
+        if self.process.alive and (counts.failures or counts.task_failures):
+            raise Violation(f"{self.name} failed: {counts.last_failure}")
 
 
 class SubscriptionGroup:

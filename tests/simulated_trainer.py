@@ -156,10 +156,7 @@ class Trainer:
     def kill(self):
         if self.writer is not None:
             self.process.kill()
-            thread = self.writer._maintenance._thread
-            self.writer._maintenance.abandon()
-            if thread is not None:
-                thread.join(10)
+            self.writer.abandon(10)
             self.writer = None
             self.unacknowledged = []
 

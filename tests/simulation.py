@@ -372,9 +372,7 @@ class Simulation:
             path = self.rng.choice(sorted(files))
             self.machine.count_fault("output removed", path)
             group.excused.update(files[path])
-            self.machine.disk.put(path, b"")  # so that it is removed from the durable state as well
-            self.machine.disk._files.pop(path)
-            self.machine.disk._durable.pop(path)
+            self.machine.disk.take_away(path)
 
     def _remove_cursors(self):
         self.machine.count_fault("cursors removed")
@@ -398,8 +396,7 @@ class Simulation:
                     subscription.group.may_split_files = True
         data = disk.contents(path)
         if how in {"removed", "directory"}:
-            del disk._files[path]
-            disk._durable.pop(path, None)
+            disk.take_away(path)
             if how == "directory":
                 disk.make_directory(path)
             return
@@ -410,8 +407,7 @@ class Simulation:
             "garbage": rng.randbytes(len(data)),
             "other version": b'{"version": 9, "streams": ["?"]}',
         }[how]
-        data[:] = damaged
-        disk._files[path].durable = damaged
+        disk.put(path, damaged)
 
     def _move_host(self):
         self.machine.count_fault("another host")

@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from evsys_adapters.early_stopping import EarlyStoppingCallback
     from evsys_adapters.evsys_logger import EvsysLoggerCallback
     from evsys_adapters.local_logger import LocalLoggerCallback
+    from evsys_adapters.mlflow_logger import MlflowLoggerCallback
     from evsys_adapters.print_progress import PrintProgressCallback
+    from evsys_adapters.system_metrics import SystemMetricsCallback
     from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
     from evsys_adapters.wandb_logger import WandbLoggerCallback
+    from evsys_adapters.webhook import WebhookCallback
 
 importlib.import_module("datetime")
 """Before msgspec, as in `evsys_bus`: a Ctrl-C in there would be lost, and crash the process later."""
@@ -26,9 +29,12 @@ _MODULE_OF: Final = {
     "EarlyStoppingCallback": "early_stopping",
     "EvsysLoggerCallback": "evsys_logger",
     "LocalLoggerCallback": "local_logger",
+    "MlflowLoggerCallback": "mlflow_logger",
     "PrintProgressCallback": "print_progress",
+    "SystemMetricsCallback": "system_metrics",
     "TensorBoardLoggerCallback": "tensorboard_logger",
     "WandbLoggerCallback": "wandb_logger",
+    "WebhookCallback": "webhook",
 }
 
 __all__ = [
@@ -39,9 +45,12 @@ __all__ = [
     "EarlyStoppingCallback",
     "EvsysLoggerCallback",
     "LocalLoggerCallback",
+    "MlflowLoggerCallback",
     "PrintProgressCallback",
+    "SystemMetricsCallback",
     "TensorBoardLoggerCallback",
     "WandbLoggerCallback",
+    "WebhookCallback",
 ]
 
 

@@ -12,8 +12,6 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import output_dir_of, run_context, run_folder
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
@@ -28,6 +26,7 @@ from evsys_adapters.checkpoints.removal import (
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.store import StoreError
 from evsys_adapters.checkpoints.store_urls import (
+    ConnectionParams,
     StoreOptions,
     StorePool,
     StoreUrl,
@@ -36,6 +35,8 @@ from evsys_adapters.checkpoints.store_urls import (
     join_url,
     url_for,
 )
+from evsys_adapters.common.hook_arguments import output_dir_of, run_context, run_folder
+from evsys_adapters.common.params import validate_params
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
@@ -124,7 +125,7 @@ RETRY_SECONDS: Final = 0.2
 """Delay before checking again whether the last upload has finished."""
 
 
-class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CheckpointPruneConfig(ConnectionParams, frozen=True, forbid_unknown_fields=True):
     """Parameters of `CheckpointPrune`."""
 
     local: LocalRetentionRules = LocalRetentionRules()
@@ -137,11 +138,6 @@ class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     is verified there; without it, once a newer one is complete on this machine."""
     dry_run: bool = False
     """Remove nothing; only record what would be removed."""
-    endpoint: str | None = None
-    """This and the following parameters are the same as in `checkpoint_upload`."""
-    region: str | None = None
-    path_style: bool | None = None
-    profile: str | None = None
 
     def __post_init__(self) -> None:
         if self.url is not None:
@@ -186,9 +182,7 @@ class CheckpointPrune(Sink):
         self.config = validate_params(CheckpointPruneConfig, params)
         self._runs: dict[str, _Run] = {}
         self._destinations: dict[str, Destination] = {}
-        self._stores = StorePool(
-            StoreOptions(self.config.endpoint, self.config.region, self.config.path_style, self.config.profile)
-        )
+        self._stores = StorePool(StoreOptions.of(self.config))
         self._reported_dry_runs: set[tuple[str, str, str]] = set()
         self._skipped_counts: dict[str, int] = {}
         """Number of files per run that were not removed with their checkpoint."""

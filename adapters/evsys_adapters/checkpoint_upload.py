@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Name
 import anyio
 import msgspec
 
-from evsys_adapters._params import validate_params
 from evsys_adapters.checkpoints.copying import full_disk_as_retry
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
@@ -37,6 +36,7 @@ from evsys_adapters.checkpoints.store import (
     UploadLedger,
 )
 from evsys_adapters.checkpoints.store_urls import (
+    ConnectionParams,
     StoreOptions,
     StorePool,
     StoreUrl,
@@ -45,6 +45,7 @@ from evsys_adapters.checkpoints.store_urls import (
     join_url,
     url_for,
 )
+from evsys_adapters.common.params import validate_params
 from evsys_bus.callback import Callback
 from evsys_bus.context import LoopState, ManifestRow
 from evsys_bus.diagnostics import log
@@ -60,7 +61,7 @@ FINAL: Final = "final"
 _MAX_SHOWN_LETTERS: Final = 50
 
 
-class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CheckpointUploadConfig(ConnectionParams, frozen=True, forbid_unknown_fields=True):
     """Parameters of `CheckpointUploadCallback`."""
 
     url: StoreUrl
@@ -71,13 +72,6 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """Which checkpoints: ``all``, ``final``, or those saved after every this many steps and the final one."""
     what: Literal["state", "sampler", "both"] = "both"
     """The full state, the weights for inference, or both."""
-    endpoint: str | None = None
-    """URL of a server with the S3 API other than Amazon's: ``http://host:9000``."""
-    region: str | None = None
-    path_style: bool | None = None
-    """Whether the bucket is part of the path of a request instead of the host name."""
-    profile: str | None = None
-    """Profile of the AWS configuration with the credentials; secrets are never given here."""
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     """Maximum number of concurrent transfers of files and parts."""
     part_bytes: Annotated[int, msgspec.Meta(ge=5 << 20)] = 16 << 20
@@ -98,12 +92,6 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
         if self.checkpoints == "all" or row.name == FINAL:
             return True
         return isinstance(self.checkpoints, int) and (row.batch + 1) % self.checkpoints == 0
-
-    @property
-    def store_options(self) -> StoreOptions:
-        """Connection options of the destination."""
-        names = StoreOptions.__struct_fields__
-        return StoreOptions(**{name: getattr(self, name) for name in names})
 
 
 _MIN_SECONDS = 1e-3
@@ -194,7 +182,7 @@ class UploadSink(Sink):
     def __init__(self, url: str, **params: Any) -> None:
         """Validate the parameters against `CheckpointUploadConfig`."""
         self.config = validate_params(CheckpointUploadConfig, {"url": url, **params})
-        self._stores = StorePool(self.config.store_options)
+        self._stores = StorePool(StoreOptions.of(self.config))
         self._cleaned_runs: set[str] = set()
         self._rejected: dict[tuple[str, int], str] = {}
         self._uploaded: set[tuple[str, int]] = set()
@@ -282,7 +270,7 @@ class UploadSink(Sink):
         manifest = await task.destination.manifest(task.folder) if unreadable else None
         if manifest is None:
             return False
-        task.spool.write_record(unreadable[0], UploadRecord(task.url, manifest, self.config.store_options))
+        task.spool.write_record(unreadable[0], UploadRecord(task.url, manifest, StoreOptions.of(self.config)))
         return True
 
     async def _upload(self, task: _UploadTask, pending: PendingUpload) -> None:
@@ -334,7 +322,7 @@ class UploadSink(Sink):
             self.publish(
                 CheckpointUploaded(task.run, task.folder, entry.row.batch, self._url(task), len(files), total, seconds)
             )
-        task.spool.finish(pending, UploadRecord(task.url, manifest, self.config.store_options))
+        task.spool.finish(pending, UploadRecord(task.url, manifest, StoreOptions.of(self.config)))
         self._uploaded.discard(intent)
 
     async def _put_all(
@@ -471,4 +459,4 @@ class CheckpointUploadCallback(Callback):
 
         own_specs = [spec for spec in specs if spec.kind == CheckpointUploadCallback.name]
         configs = [CheckpointUploadCallback(**spec.params).config for spec in own_specs]
-        fetch_newest([(config.url, config.store_options) for config in configs], *args)
+        fetch_newest([(config.url, StoreOptions.of(config)) for config in configs], *args)

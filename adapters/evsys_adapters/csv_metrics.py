@@ -14,25 +14,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._csv_table import CsvTable, cells_of, row_key
-from evsys_adapters._output_lease import (
-    OutputCandidates,
-    OutputLease,
-    has_courier,
-    owner_of,
-    relative_run_path,
-)
-from evsys_adapters._output_positions import (
-    NEXT_STREAM,
-    Position,
-    PositionWriter,
-    TrackedOutput,
-    assign,
-    position_file_of,
-    skip_matching_if_empty,
-)
-from evsys_adapters._params import check_local_path, validate_params
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     first_step_of,
     is_repeated_start,
     is_run_of,
@@ -43,7 +25,25 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._step_tracker import RowMatcher, StepTracker
+from evsys_adapters.common.params import check_local_path, validate_params
+from evsys_adapters.output_files.csv_table import CsvTable, cells_of, row_key
+from evsys_adapters.output_files.output_lease import (
+    OutputCandidates,
+    OutputLease,
+    has_courier,
+    owner_of,
+    relative_run_path,
+)
+from evsys_adapters.output_files.output_positions import (
+    NEXT_STREAM,
+    Position,
+    PositionWriter,
+    TrackedOutput,
+    assign,
+    position_file_of,
+    skip_matching_if_empty,
+)
+from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
@@ -93,7 +93,7 @@ class CsvMetricsCallback(Callback):
     ``<stem>-2<suffix>``, also in later processes. An adapter with a new name continues the file of one that is no
     longer subscribed.
 
-    Rows that the disk refuses are kept in memory, up to 16 MiB, and retried with the next one. Behind a courier, a
+    Rows that the disk refuses wait in memory, up to 16 MiB, and are retried with the next one. Behind a courier, a
     crash neither duplicates nor loses a row: the file is rewound to the last `mark`.
 
     Example:
@@ -128,7 +128,7 @@ class CsvMetricsCallback(Callback):
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has refused so far and that are kept in memory."""
+        """Rows that the disk has refused so far and that are in memory."""
         return sum(run.backlog.pending for run in self._runs.values())
 
     def on_train_start(self, state: LoopState) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import field, list_or_empty, run_id
-from evsys_adapters._terminal import printable
+from evsys_adapters.common.hook_arguments import field, list_or_empty, run_id
+from evsys_adapters.common.params import validate_params
+from evsys_adapters.common.terminal import printable
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
     ArmResult,

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Support
 
 import msgspec
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import first_step_of, run_id, step_of
+from evsys_adapters.common.hook_arguments import first_step_of, run_id, step_of
+from evsys_adapters.common.params import validate_params
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState
 from evsys_bus.diagnostics import log

@@ -8,8 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
+from evsys_adapters.common.hook_arguments import (
+    is_run_of,
+    output_dir_of,
+    run_context,
+    run_folder,
+    run_id,
+    run_key,
+    safe_name,
+)
+from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import persistent_id
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
@@ -26,7 +34,7 @@ class EvsysLoggerCallback(Callback):
 
     The IDs that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are created
     immediately, as UUIDv7, and stored in ``.evsys_ids/`` in the folder of their object: a resumed run has the same IDs,
-    and is the same run for EvSys. Existing IDs are kept. The server assigns its own IDs; ours is in an experiment's
+    and is the same run for EvSys. Existing IDs remain. The server assigns its own IDs; ours is in an experiment's
     ``tags`` and in a run's ``run_config``.
 
     The API key is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Without one nothing is sent,

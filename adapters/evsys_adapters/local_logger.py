@@ -1,7 +1,7 @@
 """`LocalLoggerCallback`: an experiment as a folder of files that people and scripts can read without tools.
 
 <output_dir>/experiment.md                       comparison of the arms, once the experiment has ended
-<output_dir>/<run_key>/logs/                     see `evsys_adapters._run_logs`
+<output_dir>/<run_key>/logs/                     see `evsys_adapters.output_files.run_logs`
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -11,18 +11,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
-from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of
-from evsys_adapters._output_positions import (
-    NEXT_STREAM,
-    Position,
-    PositionWriter,
-    TrackedOutput,
-    position_file_in,
-)
-from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     experiment_folder,
     field,
     fields,
@@ -39,8 +28,20 @@ from evsys_adapters._runs import (
     run_id,
     step_of,
 )
-from evsys_adapters._step_tracker import StepTracker
-from evsys_adapters._terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.logged_values import redacted_page, redacted_row
+from evsys_adapters.common.params import as_list, validate_params
+from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
+from evsys_adapters.output_files.experiment_pages import conclusion_page, experiment_page, hypothesis_of
+from evsys_adapters.output_files.output_lease import OutputCandidates, has_courier, owner_of
+from evsys_adapters.output_files.output_positions import (
+    NEXT_STREAM,
+    Position,
+    PositionWriter,
+    TrackedOutput,
+    position_file_in,
+)
+from evsys_adapters.output_files.run_logs import RowKey, RunLogs, RunLogsState
+from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_bus.callback import Callback
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import (
@@ -97,16 +98,16 @@ class LocalLoggerCallback(Callback):
     """Logs training, evals, predictions, hypothesis and conclusion to files in the experiment's folder.
 
     Every row of an eval has the name of its benchmark. There is one row per (name, step), and one set of predictions: a
-    repeated eval replaces them. A benchmark tagged ``val`` goes to validation, any other to test; an eval that is not a
-    benchmark goes to validation. Logs of ranks above 0 go to ``<run_key>/rank<rank>/``. A resumed run continues its
-    files: rows from its first step on are cut, evals after training are kept. Without ``on_train_start`` the first step
+    repeated eval replaces them. A benchmark tagged ``val`` counts as validation, any other as test; an eval that is no
+    benchmark counts as validation. Logs of ranks above 0 go to ``<run_key>/rank<rank>/``. A resumed run continues its
+    files: rows from its first step on are cut, evals after training remain. Without ``on_train_start`` the first step
     that is logged is the first.
 
     If two adapters log one run, the second one's folder is ``logs-2``, also in later processes, and its page of the
     experiment ``experiment-2.md``; a WARNING names the folder. An adapter with a new name continues in the folder of
     one that is no longer subscribed.
 
-    Results may be of any class: missing fields are omitted. Rows that the disk refuses are kept in memory, up to 16 MiB
+    Results may be of any class: missing fields are omitted. Rows that the disk refuses stay in memory, up to 16 MiB
     for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
     files are rewound to the last `mark`.
     """
@@ -129,7 +130,7 @@ class LocalLoggerCallback(Callback):
 
     @property
     def waiting(self) -> int:
-        """Writes that the disk has refused so far and that are kept in memory."""
+        """Writes that the disk has refused so far and that are in memory."""
         return self._pages.pending + sum(run.logs.waiting for run in self._runs.values())
 
     def on_run_start(self, ctx: LogContext) -> None:
@@ -158,7 +159,8 @@ class LocalLoggerCallback(Callback):
             row = fields(metrics)
             keys = row if self._config.keys is None else [key for key in self._config.keys if key in row]
             names = [one_line(run.name)] if len(self._runs) > 1 else []
-            values = [f"{one_line(key)} {_format_value(row[key])}" for key in keys]
+            shown = redacted_row({key: row[key] for key in keys})
+            values = [f"{one_line(key)} {_format_value(value)}" for key, value in shown.items()]
             self._lines.print("  ".join([*names, step_label(step, num_steps), *values]))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
@@ -319,7 +321,7 @@ class LocalLoggerCallback(Callback):
         return run
 
     def _write_page(self, acquire_folder: Callable[[], Path], name: str, page: str) -> None:
-        text = page.encode(errors="backslashreplace")
+        text = redacted_page(page).encode(errors="backslashreplace")
         self._pages.write(lambda: AppendFile(acquire_folder() / name).rewrite([text]), len(text))
 
 

@@ -12,9 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, SupportsFloat, T
 
 import msgspec
 
-from evsys_adapters._logged_values import redacted
-from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     fields,
     first_step_of,
     is_repeated_start,
@@ -26,7 +24,9 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.logged_values import redacted_row
+from evsys_adapters.common.params import as_list, validate_params
+from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 
@@ -139,8 +139,8 @@ class PrintProgressCallback(Callback):
             return
         keys = last.metrics if self._keys is None else [key for key in self._keys if key in last.metrics]
         parts = [step_label(last.step, last.num_steps)]
-        texts = redacted({key: last.metrics[key] for key in keys if isinstance(last.metrics[key], str)})
-        parts += [f"{one_line(key)} {_fmt_value(texts.get(key, last.metrics[key]))}" for key in keys]
+        shown = redacted_row({key: last.metrics[key] for key in keys})
+        parts += [f"{one_line(key)} {_fmt_value(value)}" for key, value in shown.items()]
         parts += pace.format(last.num_steps, last.time)
         self._show_run_name = self._show_run_name or len(self._runs) > 1
         if self._show_run_name:

@@ -21,23 +21,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._experiment_pages import conclusion_page, hypothesis_of
-from evsys_adapters._logged_values import (
-    Table,
-    config_of,
-    json_of,
-    markdown,
-    prefixed,
-    split_numbers,
-    stable_key,
-    text_of,
-)
-from evsys_adapters._output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
-from evsys_adapters._output_positions import TrackedOutput, position_file_in
-from evsys_adapters._params import check_local_path, require_package, validate_params
-from evsys_adapters._record_file import RecordLog
-from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     experiment_folder,
     field,
     output_dir_of,
@@ -47,7 +31,23 @@ from evsys_adapters._runs import (
     run_key,
     run_name,
 )
-from evsys_adapters._tensorboard_events import Events
+from evsys_adapters.common.logged_values import (
+    Table,
+    config_of,
+    json_of,
+    markdown,
+    prefixed,
+    split_numbers,
+    stable_key,
+    text_of,
+)
+from evsys_adapters.common.params import check_local_path, require_package, validate_params
+from evsys_adapters.output_files.experiment_pages import conclusion_page, hypothesis_of
+from evsys_adapters.output_files.output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
+from evsys_adapters.output_files.output_positions import TrackedOutput, position_file_in
+from evsys_adapters.output_files.record_file import RecordLog
+from evsys_adapters.output_files.run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
+from evsys_adapters.output_files.tensorboard_events import Events
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, RetryLaterError

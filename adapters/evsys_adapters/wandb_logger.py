@@ -18,11 +18,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
-from evsys_adapters._logged_values import config_of
-from evsys_adapters._output_positions import TrackedOutput, position_file_of
-from evsys_adapters._params import require_package, validate_params
-from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     field,
     num_steps_of,
     output_dir_of,
@@ -32,10 +28,14 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._wandb_records import Records
-from evsys_adapters._wandb_run import WandbRun, WandbRunState, random_id
-from evsys_adapters._wandb_upload_process import Upload
-from evsys_adapters._wandb_uploader import Uploader
+from evsys_adapters.common.logged_values import config_of
+from evsys_adapters.common.params import require_package, validate_params
+from evsys_adapters.output_files.output_positions import TrackedOutput, position_file_of
+from evsys_adapters.output_files.run_logger import RunLogger
+from evsys_adapters.wandb_files.records import Records
+from evsys_adapters.wandb_files.run import WandbRun, WandbRunState, random_id
+from evsys_adapters.wandb_files.upload_process import Upload
+from evsys_adapters.wandb_files.uploader import Uploader
 from evsys_bus.adapter import RunAnnotated
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch

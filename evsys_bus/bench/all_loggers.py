@@ -27,17 +27,6 @@ MAX_RATIO: Final = 1 / 50
 _PACKAGES: Final = ("tensorboardX", "wandb")
 
 
-def _specs(directory: Path, placement: Placement) -> list[CallbackSpec]:
-    params: dict[str, dict[str, Any]] = {
-        "print_progress": {},
-        "csv_metrics": {"out_path": str(directory / "metrics.csv")},
-        "local_logger": {},
-        "tensorboard_logger": {},
-        "wandb_logger": {"project": "bench", "mode": "offline"},
-    }
-    return [CallbackSpec(kind, each, placement=placement) for kind, each in params.items()]
-
-
 @contextmanager
 def _publish_steps(placement: Placement) -> Generator[TimedLoop, None, None]:
     for package in _PACKAGES:
@@ -49,8 +38,18 @@ def _publish_steps(placement: Placement) -> Generator[TimedLoop, None, None]:
         journal = directory / "journal" if placement == "follow" else None
         step = 0
 
+        params: dict[str, dict[str, Any]] = {
+            "print_progress": {},
+            "csv_metrics": {"out_path": str(directory / "metrics.csv")},
+            "local_logger": {},
+            "tensorboard_logger": {},
+            "wandb_logger": {"project": "bench", "mode": "offline"},
+        }
         with EventBus(
-            build_callbacks(_specs(directory, placement)), journal=journal, drain_timeout=0.1, linger_seconds=0.1
+            build_callbacks([CallbackSpec(kind, each, placement=placement) for kind, each in params.items()]),
+            journal=journal,
+            drain_timeout=0.1,
+            linger_seconds=0.1,
         ) as bus:
 
             def run(operations: int) -> int:

@@ -180,19 +180,15 @@ def _open_bus(kinds: tuple[str, ...], couriers: Literal["process", "thread"]) ->
             if couriers == "thread":
                 for loop in [each for each in threading.enumerate() if each.name == LOOP_NAME]:
                     _pin_thread(loop.native_id or 0, cores[1:])
-            _wait_for_couriers(bus)
+            # Wait until the adapters have started to deliver, so that the couriers are busy during the block.
+            bus.publish(StepEnd(STATE, 0, BATCH, METRICS))
+            deadline = time.monotonic() + _TIMEOUT_SECONDS
+            while any(each.name in _DELIVERING_ADAPTERS and not each.delivered for each in bus.health().deliveries):
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the couriers do not start to deliver")
+                time.sleep(0.01)
             yield bus
         wait_for_courier_exit(journal)
-
-
-def _wait_for_couriers(bus: EventBus) -> None:
-    """Wait until the adapters have started to deliver, so that the couriers are busy during the block."""
-    bus.publish(StepEnd(STATE, 0, BATCH, METRICS))
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while any(each.name in _DELIVERING_ADAPTERS and not each.delivered for each in bus.health().deliveries):
-        if time.monotonic() > deadline:
-            raise TimeoutError("the couriers do not start to deliver")
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from evsys_bus.codec.normalize import escape_surrogates
 from evsys_bus.context import EvalResult, LogContext, LoopArtifacts, LoopState, ManifestRow, Prediction
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Event
+from evsys_bus.events import Event, event_tag
 from evsys_bus.journal import Disk, JournalWriter, OsDisk, frame, layout
 from evsys_bus.journal.frame import Frame, FrameRun
 from evsys_bus.journal.reader import SegmentScan
@@ -70,7 +70,7 @@ class RewindableByRun(Protocol):
         ...
 
 
-_TAG: Final = BusCallbackMarks.hook.removeprefix("on_").encode()
+_TAG: Final = event_tag(BusCallbackMarks).encode()
 _READ_ERRORS: Final = (OSError, JournalVersionError)
 
 

@@ -116,7 +116,7 @@ class FailurePolicy(Callback):
         return None
 
     def _failing_seconds(self, name: str, now: float, is_failing: bool) -> float:
-        """Return for how many seconds it has failed, by our own clock: wall clocks may be set, and couriers restart."""
+        """Return for how many seconds it has failed, by this process's clock: others may be set, or restart."""
         if not is_failing:
             self._failing_since.pop(name, None)
             return 0.0
@@ -163,7 +163,14 @@ class DeliveryManager:
         self._live_objects: list[object] = []
         """Live objects that are followed, or whose delivery half is."""
         inline = tuple(each for each in (*given, *sinks) if self._accept(each, (*given, *sinks)))
-        _check_names(self._subscriptions)
+        names = [each.name for each in self._subscriptions]
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise SettingError(
+                f'two followed adapters are called "{duplicate}"',
+                why="the name keys an adapter's cursor and counts",
+                fix='name one of them: name: ... in its spec, or follow(adapter, "..."); give one object once',
+            )
         self._couriers: Couriers = couriers
         self._grace_seconds = grace_seconds
         self._directory = ""
@@ -197,7 +204,9 @@ class DeliveryManager:
         """Subscribe the adapter or its delivery half; return whether its hooks run inline."""
         if isinstance(adapter, Subscription):
             self._live_objects.append(adapter.instance)
-            self._subscriptions += (_check_subscription(adapter),)
+            if isinstance(adapter.instance, Sink):
+                check_sink(adapter.instance)
+            self._subscriptions += (adapter,)
             return False
         if isinstance(adapter, Sink | SinkCallback):
             self._subscribe(adapter)
@@ -281,7 +290,11 @@ class DeliveryManager:
             if each not in self._rank_subscriptions:
                 fix = "ranks: all (or a list that holds it) has it deliver the events of other ranks too"
                 log().info("delivery.other_rank", adapter=each.name, ranks=each.policy.ranks, rank=self._rank, fix=fix)
-        self._previous_statuses = self._load_previous_statuses()
+        from evsys_bus.delivery.status_files import read_status
+        from evsys_bus.journal import OsDisk
+
+        found = ((each.name, read_status(OsDisk(), self._directory, each.name)) for each in self._rank_subscriptions)
+        self._previous_statuses = {name: status for name, status in found if status is not None}
         journal.retain_for(each.name for each in self._rank_subscriptions)
         self._unregistered = self._rank_subscriptions
         self._register_pending()
@@ -333,13 +346,6 @@ class DeliveryManager:
             )
             for each in self._courier_pools:
                 each.start(subscribe=False)
-
-    def _load_previous_statuses(self) -> dict[str, DeliveryStatus]:
-        from evsys_bus.delivery.status_files import read_status
-        from evsys_bus.journal import OsDisk
-
-        found = ((each.name, read_status(OsDisk(), self._directory, each.name)) for each in self._rank_subscriptions)
-        return {name: status for name, status in found if status is not None}
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Record how many events an inline callback has unconfirmed; 0 clears the entry."""
@@ -456,7 +462,19 @@ class DeliveryManager:
                 meaning = "all was delivered, but its shutdown has not finished"
                 log().warning("delivery.not_ended", adapter=each.name, why=each.error, meaning=meaning)
         if final_receipt.resume_command is not None:
-            self._warn_pending(final_receipt.deliveries, final_receipt.resume_command)
+            pending: dict[str, int | str] = {
+                each.name: each.pending for each in final_receipt.deliveries if each.pending
+            }
+            pending |= {each.name: "unknown" for each in final_receipt.deliveries if not each.is_known}
+            unconfirmed = {f"{each.name}_owed": each.owed for each in final_receipt.deliveries if each.owed}
+            grace_seconds = self._grace_seconds if self._supervisor is not None and self._supervisor.is_alive else 0
+            log().warning(
+                "delivery.pending",
+                **pending,
+                **unconfirmed,
+                lingers_seconds=grace_seconds,
+                fix=final_receipt.resume_command,
+            )
         elif (
             self._is_temporary
             and ended
@@ -498,13 +516,6 @@ class DeliveryManager:
         """Return False if everything pending is for parked adapters or for adapters that cannot be built."""
         pending = [each for each in self._read_statuses() if each.pending or not each.is_known]
         return not pending or any(each.state not in _STUCK_STATES for each in pending)
-
-    def _warn_pending(self, deliveries: tuple[DeliveryStatus, ...], command: str) -> None:
-        pending: dict[str, int | str] = {each.name: each.pending for each in deliveries if each.pending}
-        pending |= {each.name: "unknown" for each in deliveries if not each.is_known}
-        unconfirmed = {f"{each.name}_owed": each.owed for each in deliveries if each.owed}
-        grace_seconds = self._grace_seconds if self._supervisor is not None and self._supervisor.is_alive else 0
-        log().warning("delivery.pending", **pending, **unconfirmed, lingers_seconds=grace_seconds, fix=command)
 
     def _build_adapter(self, adapter_ref: AdapterRef) -> Callback | Sink:
         """Build an adapter in this process; its recipe was made together with a way to build it."""
@@ -554,20 +565,3 @@ def _failures_since(status: DeliveryStatus, previous: DeliveryStatus | None) -> 
     }
     last = status.last_failure if any(failures.values()) else None
     return msgspec.structs.replace(status, **failures, last_failure=last)
-
-
-def _check_subscription(subscription: Subscription) -> Subscription:
-    if isinstance(subscription.instance, Sink):
-        check_sink(subscription.instance)
-    return subscription
-
-
-def _check_names(subscriptions: tuple[Subscription, ...]) -> None:
-    names = [each.name for each in subscriptions]
-    duplicate = next((name for name in names if names.count(name) > 1), None)
-    if duplicate is not None:
-        raise SettingError(
-            f'two followed adapters are called "{duplicate}"',
-            why="the name keys an adapter's cursor and counts",
-            fix='name one of them: name: ... in its spec, or follow(adapter, "..."); give one object once',
-        )

@@ -8,7 +8,7 @@ calls are inlined in `publish` itself, so that one publish is one Python frame a
 
 The token serializes publishes (a lock costs five times as much). Counts are exact: `ticks` is an iterator that lasts
 until the next call to be timed, and its remaining length gives the count. Times are sampled: the first call of a unit
-and then every 64th goes through `timed`, which reads the clock between the hooks; every call while a hook is slow. The
+and then every 64th is made by `timed`, which reads the clock between the hooks; every call while a hook is slow. The
 names that the code uses are its globals, because a closure would copy each of them into every call's frame. The
 watchdog and the adoption of tasks need no marker: the line number of the frame identifies the hook.
 """
@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from evsys_bus.bus.health import HookHealth
 from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
-from evsys_bus.events import Event, step_field, with_int_step
+from evsys_bus.events import Event, event_tag, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 SLOW_NANOSECONDS: Final = 1_000_000
@@ -168,7 +168,7 @@ class CompiledDispatch:
         **template_globals: Any,
     ) -> None:
         """Compile. ``template_globals`` are further globals of the template, given by the publisher."""
-        self.tag = event_type.hook.removeprefix("on_")
+        self.tag = event_tag(event_type)
         self.record_first = record_first
         self.hook_stats = tuple(hook_stats)
         self.filename = f"{prefix}{next(_serial_numbers)}>: {event_type.__name__}"

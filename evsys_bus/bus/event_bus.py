@@ -3,27 +3,29 @@
 import asyncio
 import inspect
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
 from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.bus.callback_marks import add_mark_callbacks
 from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
+from evsys_bus.bus.handle import add_open_bus, find_bus, remove_open_bus
 from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import (
     BusLifecycle,
     CallbackCloser,
+    check_threads_are_real,
     close_callback,
     has_cleanup,
     may_close,
     shared_callbacks_lock,
+    validate_seconds,
 )
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
@@ -32,7 +34,7 @@ from evsys_bus.callback import Callback, attach, callback_name, check_hooks, det
 from evsys_bus.codec.redact import Redaction, set_redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BusNotOpenError, SettingError
+from evsys_bus.errors import BusNotOpenError
 from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
 from evsys_bus.location import local_path
@@ -54,10 +56,12 @@ from evsys_bus.tasks import (
     wait_shielded,
 )
 
+if TYPE_CHECKING:
+    from evsys_bus.front.resume import Resume
+    from evsys_bus.front.run import Run
+
 T = TypeVar("T")
 
-_MAX_SECONDS: Final = 1e8
-"""Three years; system calls accept no longer timeouts."""
 _EXIT_THREAD_NAME: Final = "evsys-bus-exit"
 _POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
@@ -77,7 +81,7 @@ class EventBus:
         journal: A directory, or a `JournalWriter` that is not open yet. Every event is recorded there before `publish`
             returns, and survives the end of the process. None records nothing.
         sinks: Delivered to off the loop, from the journal, like followed callbacks (see `follow`). Without a journal,
-            from a temporary one, which is kept while anything is undelivered.
+            from a temporary one, which is not removed while anything is undelivered.
         couriers: Deliver to these adapters from a separate process, or from threads of this one.
         linger_seconds: How long the courier process may continue after the bus is closed or the program has died.
         rank: Which of several processes this is. Default: the rank set by the launcher, else 0.
@@ -110,7 +114,16 @@ class EventBus:
     """
 
     __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
-        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_closes_callbacks", "_compiled_publish"),
+        *(
+            "__dict__",
+            "__weakref__",
+            "receipt",
+            "row_merger",
+            "runs",
+            "_bare_tasks",
+            "_closes_callbacks",
+            "_compiled_publish",
+        ),
         *(
             "_delivery_manager",
             "_drain_timeout",
@@ -144,8 +157,12 @@ class EventBus:
         max_waiting_tasks: int = 10_000,
     ) -> None:
         self.receipt: Receipt | None = None
+        self.runs: list[Run] = []
+        """The open runs; see `run`."""
+        self.row_merger: Any = None
+        """Completes rows that a run has logged in parts."""
         self._shutdown: UninterruptibleCall[None] | None = None
-        self._drain_timeout = _validate_seconds("drain_timeout", drain_timeout)
+        self._drain_timeout = validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
         self._rank = rank_from_environment() if rank is None else rank
         if journal is not None and not isinstance(journal, JournalWriter):
@@ -154,12 +171,12 @@ class EventBus:
         self._recorder: EventRecorder | None = None
         self._redaction = Redaction.of(redact, reveal)
         self._delivery_manager = DeliveryManager(
-            callbacks, sinks, couriers, _validate_seconds("linger_seconds", linger_seconds), self._rank
+            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
         )
         self._publisher = Publisher(
             add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,
-            patience_seconds=_validate_seconds("publish_patience_seconds", publish_patience_seconds),
+            patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
             before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
         )
@@ -176,7 +193,7 @@ class EventBus:
                 self._bare_tasks.check_task_factories,
                 self._delivery_manager.run_checks,
             ),
-            blocked_seconds=_validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
+            blocked_seconds=validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
         )
         self._loop_thread = LoopThread()
         self._lifecycle = BusLifecycle(handles_signals=handle_signals)
@@ -188,7 +205,7 @@ class EventBus:
 
         Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
         remaining hooks ran. An event published from inside a hook is dispatched after the current one, before the
-        outermost publish returns. A subclass may override it; what hooks publish goes through the override too.
+        outermost publish returns. A subclass may override it; what hooks publish is passed to the override too.
 
         Raises:
             BusNotOpenError: The bus was not entered yet, or is closed.
@@ -208,6 +225,25 @@ class EventBus:
         """The callbacks, in the order in which they are called."""
         return self._publisher.callbacks
 
+    @property
+    def rank(self) -> int:
+        """Which of several processes this is."""
+        return self._rank
+
+    def run(self, path: str | os.PathLike[str], *, resume: "Resume" = "auto", **options: Any) -> "Run":
+        """Open one of several runs on this bus: ``with bus.run("runs/a", config=...) as run:``.
+
+        Args:
+            path: The run's directory; its last part is the name of the run.
+            resume: As of `evsys_bus.run`, like the further options, from ``config`` to ``output``.
+
+        Raises:
+            TrainingError: The directory cannot be written or is in use, or ``resume`` forbids it.
+        """
+        from evsys_bus.front.open import open_run  # a floor above, so imported when it is called
+
+        return open_run(self, path, resume=resume, **options)
+
     def add(self, callback: object) -> None:
         """Add a callback after the others; called from inside a hook, it takes effect with the next publish.
 
@@ -222,6 +258,12 @@ class EventBus:
             log().warning("callback.runs_inline", callback=callback_name(callback), why="it was added later", fix=fix)
         attach(callback, self)
         self._publisher.change_callbacks(lambda callbacks: (*callbacks, callback))
+
+    def add_first(self, callback: object) -> None:
+        """Add a callback before the others; see `add`."""
+        check_hooks(callback)
+        attach(callback, self)
+        self._publisher.change_callbacks(lambda callbacks: (callback, *callbacks))
 
     def remove(self, callback: object) -> None:
         """Remove a callback; called from inside a hook, it takes effect with the next publish.
@@ -321,7 +363,10 @@ class EventBus:
         preload_wait_imports()
         return self._enter()
 
-    async def __aexit__(self, error_type: type[BaseException] | None = None, *_: object) -> None:
+    async def __aexit__(
+        self, error_type: type[BaseException] | None = None, error: BaseException | None = None, _: object = None
+    ) -> None:
+        self._end_open_runs(error)
         if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit():
             return
         deadline = Deadline(self._drain_timeout)
@@ -356,10 +401,15 @@ class EventBus:
             self.receipt = self._delivery_manager.add_deliveries(self.receipt)
         return cancelled or cancelled_again
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a handle, which finds the open bus of the process that it lands in; see `find_bus`."""
+        return find_bus, (os.getpid(), id(self))
+
     def __enter__(self) -> Self:
         return self._enter()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        self._end_open_runs(error)
         max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
         if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit(max_seconds):
             return
@@ -385,6 +435,11 @@ class EventBus:
             )
         shutdown.run(deadline.cut_short)
 
+    def _end_open_runs(self, error: BaseException | None) -> None:
+        """End the runs that the program has left open, by the error with which it leaves the bus."""
+        for each in reversed(self.runs):
+            self._run_step("runs", None, partial(each.end_implied, error))
+
     def _complete_exit(self) -> None:
         if self._shutdown is not None and self._shutdown.done():
             self._lifecycle.complete_exit()
@@ -394,13 +449,14 @@ class EventBus:
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
-        _check_threads_are_real()
+        check_threads_are_real()
         log()  # the first warning must not import structlog in the middle of a step
         opening = UninterruptibleCall(self._open_components, "evsys-bus-entry")
         try:
             opening.run(_noop)
             self._bare_tasks.adopt_on_running_loop()
             self._lifecycle.install_exit_handlers(self.__exit__)
+            add_open_bus(self)
             return self  # noqa: TRY300 # an interrupt on this very line is undone too
         except BaseException as error:
             try:
@@ -429,15 +485,6 @@ class EventBus:
     # -- on a separate thread, where no KeyboardInterrupt is raised ---------------------------------------------------
 
     def _open_components(self) -> None:
-        self._open_journal()
-        for callback in self._publisher.callbacks:
-            attach(callback, self)
-        self._publisher.open(self._recorder)
-        if self._recorder is not None:
-            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
-        self._watchdog.start()
-
-    def _open_journal(self) -> None:
         if self._redaction != Redaction():
             set_redaction(self._redaction)
         journal = self._journal or (
@@ -446,6 +493,12 @@ class EventBus:
         if journal is not None:
             self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redaction)
             self._delivery_manager.register(self._recorder.writer)
+        for callback in self._publisher.callbacks:
+            attach(callback, self)
+        self._publisher.open(self._recorder)
+        if self._recorder is not None:
+            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
+        self._watchdog.start()
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:
         """Shut down without a loop to wait on; tasks of ``blocked_loop``, which cannot run, are only listed."""
@@ -493,6 +546,7 @@ class EventBus:
         self.receipt = msgspec.structs.replace(receipt, tasks=total, tasks_by_owner=by_owner, seconds=seconds)
         self._run_step("watchdog", None, self._watchdog.stop)
         self._run_step("tasks", None, self._bare_tasks.close)
+        remove_open_bus(self)
         for callback in self._publisher.callbacks:
             self._run_step("callbacks", None, partial(detach, callback, self))
         self._faults.flush()
@@ -544,25 +598,3 @@ class EventBus:
 
 def _noop() -> None:
     """Ignore the interrupt: nothing here can be cut short."""
-
-
-def _check_threads_are_real() -> None:
-    """Refuse green threads, as gevent's monkey patch installs them: they would wait for each other forever."""
-    patch = sys.modules.get("gevent.monkey")
-    if patch is not None and patch.is_module_patched("threading"):
-        raise SettingError(
-            "gevent has replaced the threads of this process, and a bus needs real ones",
-            why="its event loop and its deadlines run on threads beside the program's",
-            fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
-        )
-
-
-def _validate_seconds(name: str, value: float, minimum: float = 0.0) -> float:
-    """Return a valid duration; infinity becomes three years.
-
-    Raises:
-        SettingError: It is less than ``minimum``, or not a number.
-    """
-    if not value >= minimum:  # NaN too
-        raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {minimum:g}")
-    return min(float(value), _MAX_SECONDS)

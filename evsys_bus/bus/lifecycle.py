@@ -19,6 +19,7 @@ from typing import Any, Final
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback, callback_name, check_return_value
 from evsys_bus.diagnostics import log
+from evsys_bus.errors import SettingError
 from evsys_bus.tasks import Deadline, Gate, run_on_loop
 
 
@@ -308,3 +309,29 @@ class CallbackCloser:
             pass  # the receipt shows what is still unconfirmed
         except BaseException as error:  # isolated, like hooks
             log().warning("callback.settle_failed", callback=callback_name(callback), exc_info=error)
+
+
+_MAX_SECONDS: Final = 1e8
+"""Three years; system calls accept no longer timeouts."""
+
+
+def check_threads_are_real() -> None:
+    """Refuse green threads, as gevent's monkey patch installs them: they would wait for each other forever."""
+    patch = sys.modules.get("gevent.monkey")
+    if patch is not None and patch.is_module_patched("threading"):
+        raise SettingError(
+            "gevent has replaced the threads of this process, and a bus needs real ones",
+            why="its event loop and its deadlines run on threads beside the program's",
+            fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
+        )
+
+
+def validate_seconds(name: str, value: float, minimum: float = 0.0) -> float:
+    """Return a valid duration; infinity becomes three years.
+
+    Raises:
+        SettingError: It is less than ``minimum``, or not a number.
+    """
+    if not value >= minimum:  # NaN too
+        raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {minimum:g}")
+    return min(float(value), _MAX_SECONDS)

@@ -25,7 +25,8 @@ COMMAND_GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "schema": "prints a JSON schema of experiment files, for editors",
     },
     "Look at a run": {
-        "show": "shows a run or an experiment: status, metrics, checkpoints, evals",
+        "runs": "lists runs: states, differing config keys, metrics",
+        "show": "shows a run or an experiment, or compares runs",
         "tail": "shows the events of a live or finished journal",
         "logs": "shows the tracebacks of failed runs, and the warnings of couriers",
         "status": "shows the streams of a journal, their writers, and the progress of each adapter",

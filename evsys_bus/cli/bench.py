@@ -34,8 +34,13 @@ def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str)
 
         from evsys_bus.bench.report import Report, as_svg, as_text, describe_machine
         from evsys_bus.bench.suite import run_suite
+        from evsys_bus.errors import did_you_mean
 
-        suites = _select_suites(load_suites(), names)
+        known = load_suites()
+        for name in names:
+            if name not in known:
+                raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, known)}')
+        suites = [known[name] for name in names or known]
         budget = _make_budget(rounds, quick)
         results = [run_suite(suite, budget, lambda text: click.echo(text, err=True)) for suite in suites]
         report = Report(describe_machine(), results)
@@ -66,15 +71,6 @@ class _OutputFile(click.Path):
 
 
 _FILE: Final = _OutputFile()
-
-
-def _select_suites(suites: "Mapping[str, Suite]", names: tuple[str, ...]) -> "list[Suite]":
-    from evsys_bus.errors import did_you_mean
-
-    for name in names:
-        if name not in suites:
-            raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, suites)}')
-    return [suites[name] for name in names or suites]
 
 
 def _make_budget(rounds: int | None, quick: bool) -> "Budget":

@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
-from evsys_bus.codec.redact import Redaction
+from evsys_bus.codec.redact import Redaction, redact, redact_key
 from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import combine_errors, individual_errors, read_spec
 from evsys_bus.config.yaml_nodes import Document, read_document, with_overrides
-from evsys_bus.errors import ConfigError, DocumentError, Location, TrainingError, did_you_mean
+from evsys_bus.errors import ConfigError, DocumentError, Location, TrainingError, closest_word, did_you_mean
 from evsys_bus.training.experiment_store import check_params_unchanged, read_result
 from evsys_bus.training.plan import RunPlan, run_sequences, safe_folder_name
 
 _MAX_VALUE_CHARS = 60
 _MAX_RESULTS = 10
 """How many results are read for the names of their metrics."""
+_MAX_METRICS = 12
+"""How many names of metrics are listed."""
 
 
 @click.command("check")
@@ -155,13 +158,18 @@ def warn_about_metric(plan: ExperimentPlan, screen: Screen) -> None:
         return
     completed = [key for key, entry in previous.runs.items() if entry.status == "completed"][:_MAX_RESULTS]
     results = [result for key in completed if (result := read_result(plan.folder / key)) is not None]
-    known = {name for result in results for name in [*result.eval_metrics, *result.metrics]}
-    if known and metric.name not in known:
+    seen = sorted({name for result in results for name in [*result.eval_metrics, *result.metrics]})
+    if seen and metric.name not in seen:
         head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
         where = plan.document.where("$.success_metric.name")
         place = "" if where.line is None else f"{where.file}:{where.line}: "
-        hint = did_you_mean(metric.name, known)
-        screen.note(f'{head} {place}no completed run has the success_metric "{metric.name}"   fix: {hint}')
+        same = [name for name in seen if name.rpartition("/")[2] == metric.name]  # without its benchmark
+        near = same[0] if same else closest_word(metric.name, seen)
+        fix = "choose one of them" if near is None else f'did you mean "{near}"?'
+        more = f" and {len(seen) - _MAX_METRICS} more" if len(seen) > _MAX_METRICS else ""
+        names = f"{', '.join(map(redact_key, seen[:_MAX_METRICS]))}{more}"
+        what = f'no completed run has the success_metric "{metric.name}"; they have {names}'
+        screen.note(f"{head} {place}{printable(f'{what}   fix: {fix}')}")
 
 
 def _is_within(error: ConfigError, mistakes: Sequence[DocumentError]) -> bool:
@@ -190,6 +198,7 @@ def _check_known(option: str, requested: Sequence[object], known: Sequence[objec
 def plan_lines(plan: ExperimentPlan) -> list[str]:
     """Return the plan as text."""
     config, width = plan.config, terminal_width(sys.stdout)
+    shown = partial(format_params, redaction=Redaction.of(config.redact, config.reveal))
     lines = [plan.title, ""]
     metric = config.success_metric
     facts = [
@@ -204,17 +213,15 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
     arm_names = list(dict.fromkeys(run.arm for run in plan.runs))
     stages = list(dict.fromkeys(run.stage for run in plan.runs))
     if stages == [None]:
-        lines += _columns([[arm, format_params(by_arm[arm].params)] for arm in arm_names], indent="  ")
+        lines += _columns([[arm, shown(by_arm[arm].params)] for arm in arm_names], indent="  ")
     else:
         first = {(run.arm, run.stage): run for run in reversed(plan.runs)}
-        rows = [[arm, stage or "", format_params(first[arm, stage].params)] for arm in arm_names for stage in stages]
+        rows = [[arm, stage or "", shown(first[arm, stage].params)] for arm in arm_names for stage in stages]
         lines += _columns(rows, indent="  ")
     seeds = dict.fromkeys(run.seed for run in plan.runs)
     lines += ["", f"seeds   {', '.join(map(str, seeds))}", "", "callbacks"]
     specs = [read_spec(item, "$.callbacks") for item in config.callbacks]
-    lines += _columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
-        "  none"
-    ]
+    lines += _columns([[spec.label, spec.kind, shown(spec.params)] for spec in specs], indent="  ") or ["  none"]
     previous = load_previous_experiment(plan.folder)
     entries = {} if previous is None else previous.runs
     shown = [
@@ -248,14 +255,17 @@ def plan_json(plan: ExperimentPlan) -> list[str]:
             "config": msgspec.to_builtins(plan.config, enc_hook=lambda value: to_builtins(value)[0]),
         }
     )
-    return [json_line(row).decode() for row in rows]
+    redaction = Redaction.of(plan.config.redact, plan.config.reveal)
+    return [json_line(row, redaction).decode() for row in rows]
 
 
-def format_params(params: Mapping[str, Any]) -> str:
-    """Return parameters on one line."""
-    return "  ".join(f"{key}={_format_value(value)}" for key, value in params.items())
+def format_params(params: Mapping[str, Any], redaction: Redaction = Redaction()) -> str:  # noqa: B008 - frozen
+    """Return parameters on one line, without credentials."""
+    plain: Any = to_builtins(params)[0]
+    redact(plain, redaction, "config")
+    return "  ".join(f"{key}={_format_value(value)}" for key, value in plain.items())
 
 
 def _format_value(value: object) -> str:
-    text = value if isinstance(value, str) else json_line({"": value}).decode()[4:-1]
+    text = value if isinstance(value, str) else json_line({"": value}, None).decode()[4:-1]
     return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"

@@ -44,12 +44,13 @@ def command(screen: Screen, as_json: bool) -> int:
     Exits with 3 if something that evsys-bus needs does not work here.
     """
     required, extras = _requirements()
+    names = sorted(name for name in os.environ if name in VARIABLES or name.startswith(_PREFIXES))
     sections = {
         "machine": _machine(),
         "packages": _versions(required),
         **{f"extra {name}": _versions(packages) for name, packages in extras.items()},
         "disk": _disk(Path.cwd()),
-        "environment": _environment(),
+        "environment": {name: _redacted(name, os.environ[name]) for name in names},
     }
     faults = _faults(sections)
     if as_json:
@@ -168,11 +169,6 @@ def _lock_works(path: str) -> str:
         for lock in locks:
             disk.close(lock)
     return "works" if len(locks) == 1 else "fails: two writers hold one lock"
-
-
-def _environment() -> dict[str, str]:
-    names = sorted(name for name in os.environ if name in VARIABLES or name.startswith(_PREFIXES))
-    return {name: _redacted(name, os.environ[name]) for name in names}
 
 
 def _redacted(name: str, value: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, cast
 import msgspec
 
 from evsys_bus.adapter import RunAnnotated
-from evsys_bus.cli.output.formatting import count_in_ranges, format_duration, pluralize
+from evsys_bus.cli.output.formatting import format_duration, pluralize
 from evsys_bus.cli.output.screen import Screen
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
@@ -35,12 +35,14 @@ from evsys_bus.events import (
     TrainEnd,
     TrainStart,
     UnknownEvent,
+    event_tag,
 )
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family, LockOwner
 from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first, read_newest_first
 from evsys_bus.journal.stream_lock import read_stream_owner
+from evsys_bus.reading import describe_damage
 
 
 class EventFilter(msgspec.Struct, frozen=True):
@@ -88,7 +90,7 @@ class EventReader:
         self._disk = OsDisk() if disk is None else disk
         self._reader = JournalReader(directory, self._disk)
         self._filter = event_filter
-        self._families: tuple[Family, ...] = ("r", "c") if include_annotations else ("r",)
+        self._families: tuple[Family, ...] = ("r", "s", "c") if include_annotations else ("r", "s")
         self._tails: dict[str, TailReader] = {}
         self._missing: list[tuple[int, int]] = []
 
@@ -122,16 +124,7 @@ class EventReader:
 
     def report_problems(self, screen: Screen) -> None:
         """Print to stderr which events are missing, bytes damaged and files unreadable of what was read, if any."""
-        missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing_ranges)]
-        damaged = sum(tail.corrupt_bytes for tail in self._tails.values())
-        parts: list[str] = []
-        if missing:
-            parts.append(f"{pluralize(count_in_ranges(missing), 'event')} missing")
-        if damaged:
-            parts.append(f"{pluralize(damaged, 'byte')} damaged")
-        if self.undecodable_records:
-            parts.append(f"{pluralize(self.undecodable_records, 'record')} that cannot be decoded")
-        parts += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable_segments]
+        parts = describe_damage(self._tails.values(), self.undecodable_records, self._missing)
         if parts:
             screen.note(f"{', '.join(parts)}; see: evsys-bus journal verify {self._reader.directory}")
 
@@ -219,7 +212,7 @@ _CONTEXTS: Final = _RunKeyContexts()
 
 
 def _merge_by_time(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
-    """Merge by time; the order within a stream is kept even if its clock jumped."""
+    """Merge by time; the order within a stream remains even if its clock jumped."""
     for _, envelope in heapq.merge(*map(_with_times, streams), key=itemgetter(0)):
         yield envelope
 
@@ -233,7 +226,7 @@ def _with_times(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope
 
 def type_of(event: Event | UnknownEvent) -> str:
     """Return the type of an event as journals record it: ``step_end``."""
-    return event.type if isinstance(event, UnknownEvent) else event.hook.removeprefix("on_")
+    return event.type if isinstance(event, UnknownEvent) else event_tag(type(event))
 
 
 def step_of(event: Event | UnknownEvent) -> int | None:

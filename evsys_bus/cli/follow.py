@@ -139,7 +139,14 @@ class ResumableDelivery:
             raise courier_busy_error(self._directory, subscription.name)
         register(str(self._directory), [subscription])
         if from_start:
-            self._reset_cursor(subscription.name)
+            disk = OsDisk()
+            lock = disk.lock(layout.courier_path(str(self._directory), subscription.name, "lock"))
+            if lock is None:
+                raise courier_busy_error(self._directory, subscription.name)
+            try:
+                CursorStore(str(self._directory), disk).save(subscription.name, Cursor())
+            finally:
+                disk.close(lock)
         self._monitor = DeliveryMonitor(self._directory, {subscription.name})
         self._pool = CourierPool(str(self._directory), [subscription], lambda _: load_adapter(subscription))
 
@@ -171,16 +178,6 @@ class ResumableDelivery:
                 break
             time.sleep(POLL_SECONDS)
         on_progress(self._monitor.poll(os.getpid()))
-
-    def _reset_cursor(self, name: str) -> None:
-        disk = OsDisk()
-        lock = disk.lock(layout.courier_path(str(self._directory), name, "lock"))
-        if lock is None:
-            raise courier_busy_error(self._directory, name)
-        try:
-            CursorStore(str(self._directory), disk).save(name, Cursor())
-        finally:
-            disk.close(lock)
 
 
 class OneOffDelivery:

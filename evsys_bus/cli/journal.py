@@ -93,7 +93,7 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
 def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     """Quarantine the damaged segments of RUN, and rewrite them with their intact records only.
 
-    Reading does not need a repair: damage is skipped. Lost events stay lost. Each damaged segment is kept next to the
+    Reading does not need a repair: damage is skipped. Lost events stay lost. Each damaged segment remains next to the
     new one, with the suffix ".damaged". Do not follow or sync the run at the same time. Exits with 3 if a segment
     cannot be read at all.
     """
@@ -103,7 +103,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     rows = [
         [
             f"{each.segment.parent.name}/{each.segment.name}",
-            f"{pluralize(each.events, 'event')} kept",
+            f"{pluralize(each.events, 'event')} retained",
             f"{format_size(each.dropped_bytes)} dropped",
             f"original: {each.quarantined.name}",
         ]
@@ -202,7 +202,7 @@ def stream_lines(directory: Path, stream: StreamReport) -> list[str]:
     ]
     lines = ["   ".join(head)]
     lines += [f"  ! {_describe_damage(stream, each)}" for each in stream.corrupt_ranges]
-    for ranges, what in ((lost, "! lost"), (repaired, "lost before a repair, which kept the damaged segment")):
+    for ranges, what in ((lost, "! lost"), (repaired, "lost before a repair, which retained the damaged segment")):
         if ranges:
             noun = "event" if count_in_ranges(ranges) == 1 else "events"
             lines.append(f"  {what}: {noun} {format_ranges(ranges)}")
@@ -308,7 +308,17 @@ def repair(directory: Path, streams: Iterable[StreamReport], *, dry_run: bool) -
         for stream in streams:
             lock = disk.lock(f"{directory}/{stream.stream}/{layout.LOCK}")
             if lock is None:
-                raise _in_use_error(directory, stream.stream) from BlockingIOError(errno.EWOULDBLOCK, "it is locked")
+                writer = read_stream_owner(OsDisk(), str(directory), stream.stream)
+                by = (
+                    "a process"
+                    if writer is None
+                    else f"process {writer.pid} on {writer.host}, since {format_time(writer.since)},"
+                )
+                raise JournalInUseError(
+                    f"{by} writes {directory}/{stream.stream}; nothing was repaired",
+                    why="a segment that is being written cannot be replaced",
+                    fix="repair it when that process has ended; until then it can be read as it is",
+                ) from BlockingIOError(errno.EWOULDBLOCK, "it is locked")
             locks.append(lock)
         segments = dict.fromkeys(Path(damage.segment) for stream in streams for damage in stream.corrupt_ranges)
         return [_repair_segment(disk, each, dry_run=dry_run) for each in segments]
@@ -327,20 +337,16 @@ def _repair_segment(disk: OsDisk, segment: Path, *, dry_run: bool) -> RepairedSe
     events = sum(each.kind == frame.EVENT for each in frames)
     done = RepairedSegment(segment, events, before.st_size - len(content), _free_name(segment))
     if not dry_run:
-        _quarantine(segment, done.quarantined)
+        # A hard link takes no space; not every file system has them.
+        try:
+            done.quarantined.hardlink_to(segment)
+        except FileExistsError:
+            raise
+        except OSError:
+            shutil.copy2(segment, done.quarantined)
         disk.replace(str(segment), content)
         os.utime(segment, ns=(before.st_atime_ns, before.st_mtime_ns))  # `retain` uses the file's age
     return done
-
-
-def _quarantine(segment: Path, quarantined: Path) -> None:
-    """Hard-link the segment, which takes no space; copy it where the file system has no hard links."""
-    try:
-        quarantined.hardlink_to(segment)
-    except FileExistsError:
-        raise
-    except OSError:
-        shutil.copy2(segment, quarantined)
 
 
 def _free_name(segment: Path) -> Path:
@@ -350,16 +356,6 @@ def _free_name(segment: Path) -> Path:
     ).exists():
         number += 1
     return candidate
-
-
-def _in_use_error(directory: Path, stream: str) -> JournalInUseError:
-    writer = read_stream_owner(OsDisk(), str(directory), stream)
-    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {format_time(writer.since)},"
-    return JournalInUseError(
-        f"{by} writes {directory}/{stream}; nothing was repaired",
-        why="a segment that is being written cannot be replaced",
-        fix="repair it when that process has ended; until then it can be read as it is",
-    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """``evsys-bus logs``: shows what a run has left to read: tracebacks of failed runs, and the log of its couriers.
 
-Logs are text that nobody has validated, so each file is read from its end, up to a limit, and control characters are
+Logs are text that was never validated, so each file is read from its end, up to a limit, and control characters are
 escaped.
 """
 
@@ -16,7 +16,7 @@ from typing import Final
 import click
 import msgspec
 
-from evsys_bus.cli.options import optional_run_argument
+from evsys_bus.cli.options import adapters_option, count_option, follow_option, optional_run_argument
 from evsys_bus.cli.output.formatting import GAP, format_short_time
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import find_journal
@@ -26,7 +26,7 @@ from evsys_bus.delivery.process_log import LOG_NAME, MAX_LOG_BYTES, LogLine, Log
 from evsys_bus.disk import open_regular
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import layout
-from evsys_bus.training.run_files import ERROR_FILE
+from evsys_bus.run_files import ERROR_FILE
 
 _DEFAULT_COUNT: Final = 100
 _MAX_FILE_BYTES: Final = MAX_LOG_BYTES
@@ -56,17 +56,17 @@ class LogEntry(msgspec.Struct, frozen=True):
 
 @click.command("logs")
 @optional_run_argument
-@click.option("-n", "count", type=click.IntRange(min=0), default=_DEFAULT_COUNT, show_default=True, help="How many.")
-@click.option("-f", "--follow", is_flag=True, help="Keep showing new entries, until Ctrl-C.")
+@count_option(f"Number of entries; default: {_DEFAULT_COUNT}.")
+@follow_option
 @click.option("--all", "everything", is_flag=True, help="Also below WARNING, and what adapters printed.")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only of this adapter; repeatable.")
+@adapters_option("Only of this adapter")
 @json_option
 @color_option
 @click.pass_obj
 def command(
     screen: Screen,
     folder: Path | None,
-    count: int,
+    count: int | None,
     follow: bool,
     everything: bool,
     adapters: tuple[str, ...],
@@ -90,7 +90,7 @@ def command(
     formatter = _EntryFormatter(screen, terminal_width(sys.stdout))
     format_entry = _format_json if as_json else formatter.format_entry
     entries = [each for each in logs.read() if entry_filter.matches(each)]
-    shown = entries[len(entries) - count :] if count < len(entries) else entries
+    shown = entries[max(0, len(entries) - (_DEFAULT_COUNT if count is None else count)) :]
     if len(shown) < len(entries):
         screen.note(f"({len(entries) - len(shown):,} before these; more: -n {len(entries)})")
     formatter.widen_for(shown)

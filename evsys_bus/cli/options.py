@@ -47,6 +47,10 @@ timeout_option: Final = click.option(
     metavar="SECONDS",
     help="Give up on an adapter once it has accepted no events for this long.",
 )
+dry_run_option: Final = click.option(
+    "--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing."
+)
+follow_option: Final = click.option("-f", "--follow", is_flag=True, help="Keep showing what is new, until Ctrl-C.")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SPEC_PATH: Final = "$.callbacks[0]"
 
@@ -97,6 +101,16 @@ running_options: Final = _combine(
     click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable."),
 )
 """The options of every command that starts an experiment."""
+
+
+def adapters_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
+    """Return the option ``--adapter``, which can be repeated."""
+    return click.option("--adapter", "adapters", multiple=True, metavar="NAME", help=f"{help_text}; repeatable.")
+
+
+def count_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
+    """Return the option ``-n``, whose value is None by default."""
+    return click.option("-n", "count", type=click.IntRange(min=0), metavar="N", help=help_text)
 
 
 def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:

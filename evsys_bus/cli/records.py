@@ -5,36 +5,37 @@ their journal.
 """
 
 import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import click
 import msgspec
 
 from evsys_bus.adapter import RunAnnotated
-from evsys_bus.cli.events import EventFilter, EventReader, metrics_of, read_stream_states, step_of
 from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, EvalResult, ManifestRow
 from evsys_bus.errors import CodecError, JournalVersionError, closest_word
 from evsys_bus.events import (
-    BenchmarkEval,
-    Checkpoint,
-    Envelope,
-    Eval,
     Event,
-    RunEnd,
-    RunStart,
-    StepEnd,
-    TrainEnd,
-    TrainStart,
     UnknownEvent,
+    event_tag,
 )
 from evsys_bus.files import DECODE_ERRORS, read_file
-from evsys_bus.journal import JournalReader, OsDisk, layout
+from evsys_bus.journal import JournalReader
 from evsys_bus.journal.layout import Family
+from evsys_bus.reading import (
+    JOURNAL,
+    JournalLocation,
+    RecordedRun,
+    eval_series,
+    is_journal,
+    locate_journal,
+    read_journal,
+    summarize_series,
+)
+from evsys_bus.run_files import RowFile
 from evsys_bus.training.experiment_store import (
     EXPERIMENT_FILE,
     MAX_FILE_BYTES,
@@ -43,26 +44,14 @@ from evsys_bus.training.experiment_store import (
     StoredExperiment,
     read_result,
 )
-from evsys_bus.training.run_files import RowFile
 
 RUNS: Final = Path("runs")
-JOURNAL: Final = "journal"
 _MAX_NAMED: Final = 5
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
 _NO_METRICS: Final = frozenset({"step", "nonfinite", "replaced"})
 _PAGE_URL_KEY: Final = "wandb_url"
-_ANNOTATION_TAG: Final = RunAnnotated.hook.removeprefix("on_").encode()
-_RUN_EVENTS: Final = (RunStart, TrainStart, StepEnd, Eval, Checkpoint, BenchmarkEval, TrainEnd, RunEnd)
-_STATUS: Final = {"live": "running", "closed": "ended", "dead": "killed"}
-
-
-class JournalLocation(NamedTuple):
-    """An existing journal."""
-
-    directory: Path
-    run: str | None = None
-    """The requested run, if the journal belongs to its whole experiment."""
+_ANNOTATION_TAG: Final = event_tag(RunAnnotated).encode()
 
 
 def find_journal(requested: Path | None) -> JournalLocation:
@@ -77,11 +66,11 @@ def find_journal(requested: Path | None) -> JournalLocation:
             raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
         return JournalLocation(newest)
     for folder in (requested, RUNS / requested):
-        journal = _journal_in(folder)
+        journal = locate_journal(folder)
         if journal is not None:
             return journal
 
-    named = [journal for each in find_runs() if each.name == str(requested) and (journal := _journal_in(each))]
+    named = [journal for each in find_runs() if each.name == str(requested) and (journal := locate_journal(each))]
     if len(named) == 1:
         return named[0]
     if named:
@@ -96,31 +85,9 @@ def list_journals_newest_first() -> list[Path]:
     return sorted(_find_journals(), key=last_write_time, reverse=True)
 
 
-def _journal_in(folder: Path) -> JournalLocation | None:
-    if _is_journal(folder):
-        return JournalLocation(folder)
-    own = _journal_below(folder)
-    if own is not None:
-        return JournalLocation(own)
-    parent = folder.resolve().parent if folder.name in {"", ".."} else folder.parent
-    shared = _journal_below(parent) if folder.is_dir() and folder.name != JOURNAL else None
-    return None if shared is None else JournalLocation(shared, folder.resolve().name)
-
-
-def _journal_below(folder: Path) -> Path | None:
-    """Return the journal of a folder's runs: in it, or on a local disk if the folder's file system cannot hold one."""
-    own = folder / JOURNAL
-    substitute = Path(layout.local_substitute(str(own.absolute())))
-    return next(filter(_is_journal, (own, substitute)), None)
-
-
-def _is_journal(directory: Path) -> bool:
-    return layout.is_journal(OsDisk(), str(directory))
-
-
 def _find_journals() -> Iterator[Path]:
     for pattern in (JOURNAL, f"*/{JOURNAL}", f"*/*/{JOURNAL}"):
-        yield from filter(_is_journal, RUNS.glob(pattern))
+        yield from filter(is_journal, RUNS.glob(pattern))
 
 
 def last_write_time(folder: Path) -> float:
@@ -289,15 +256,8 @@ def _add_values(records: dict[str, MetricRecord], values: Iterable[tuple[str, fl
 def read_evals(folder: Path) -> list[MetricRecord]:
     """Read the metrics of a run's evals, such as ``val/acc``, over the steps; an unreadable rest is skipped."""
     journal = _find_journal(folder)
-    if journal is None:
-        return []
-    records: dict[str, MetricRecord] = {}
-    reader = EventReader(journal.directory, EventFilter(types=frozenset({"eval"}), run=journal.run))
-    with suppress(JournalVersionError, OSError):  # the other facts come from the folder
-        for envelope in reader.poll():
-            if isinstance(envelope.event, Eval):
-                _add_values(records, _numeric_items(metrics_of(envelope.event)), step_of(envelope.event))
-    return list(records.values())
+    found = [] if journal is None else read_journal(journal)
+    return _eval_records(found[0]) if len(found) == 1 else []
 
 
 def read_page_urls(directory: Path, *, inline: bool = True) -> dict[str, str]:
@@ -330,13 +290,8 @@ def _decode_annotation(payload: bytes) -> RunAnnotated | None:
 def read_status(folder: Path) -> str | None:
     """Read the status of the run in this folder from its journal; None if there is no journal."""
     journal = _find_journal(folder)
-    if journal is None:
-        return None
-    with suppress(JournalVersionError, OSError):
-        runs = read_runs(journal)
-        if len(runs) == 1:
-            return runs[0].status
-    return None
+    found = [] if journal is None else read_journal(journal)
+    return _status_of(found[0]) if len(found) == 1 else None
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -354,142 +309,45 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     Raises:
         JournalVersionError: A newer version of evsys-bus wrote it.
     """
-    directory = journal.directory
-    reader = EventReader(directory, EventFilter())
-    whole = directory.absolute()
-    default_key = (whole.parent if whole.name == JOURNAL else whole).name
-    first_steps = _read_first_steps(directory)
-    runs: list[_RunBuilder] = []
-    for envelope in reader.poll():
-        if isinstance(envelope.event, _RUN_EVENTS):
-            run_dir = _output_dir(envelope.event)
-            key = envelope.run or (run_dir and run_dir.name) or default_key
-            _find_builder(runs, key, _run_root(envelope.event), first_steps).add(envelope)
-    page_urls = read_page_urls(directory)
-    states = {each.stream: each.state for each in read_stream_states(directory)}
-    records = [each.build(directory, states, page_urls.get(each.key)) for each in runs]
-    if journal.run is None:
-        return records
-    named = [each for each in records if each.name == journal.run]
-    return named or [each for each in records if each.folder.name == journal.run]
+    reader = JournalReader(journal.directory)
+    for stream in reader.streams():
+        next(reader.read(stream), None)
+    return [_to_record(each) for each in read_journal(journal)]
 
 
-def _read_first_steps(directory: Path) -> dict[tuple[str | None, Path | None], list[int]]:
-    """Return the first steps of all trainings of each run, by key and root, in the order of their times.
-
-    A training that begins at a step takes the place of the rows from that step on.
-    """
-    starts: list[Envelope] = []
-    reader = JournalReader(directory)
-    for stream in reader.streams("r"):
-        for record in reader.read(stream):
-            if b"train_start" in record.payload:  # few are, so few are decoded
-                with suppress(CodecError):
-                    starts.append(decode(record.payload))
-    found: dict[tuple[str | None, Path | None], list[int]] = {}
-    for envelope in sorted(starts, key=lambda envelope: envelope.time):
-        step = getattr(getattr(envelope.event, "state", None), "step", None)
-        if isinstance(envelope.event, TrainStart) and isinstance(step, int):
-            found.setdefault((envelope.run, _run_root(envelope.event)), []).append(step)
-    return found
-
-
-def _find_builder(
-    runs: list["_RunBuilder"],
-    key: str,
-    root: Path | None,
-    first_steps: Mapping[tuple[str | None, Path | None], list[int]],
-) -> "_RunBuilder":
-    """Return the builder of a run, a new one if there is none.
-
-    Runs of one key in two folders are two runs, unless the first folder is gone: then the run was moved.
-    """
-    same_key = [each for each in runs if each.key == key]
-    found = next((each for each in same_key if each.is_in(root)), None)
-    if found is None and same_key and not any(each.root and each.root.is_dir() for each in same_key):
-        found = same_key[-1]
-    if found is None:
-        found = _RunBuilder(key, first_steps.get((key, root), ()))
-        runs.append(found)
-    found.root = root or found.root
-    return found
+def _to_record(run: RecordedRun) -> RunRecord:
+    url = run.extras.get(_PAGE_URL_KEY)
+    return RunRecord(
+        run.folder,
+        None,
+        None,
+        run.last_step,
+        len(run.times.steps),
+        [MetricRecord(name, *summarize_series(series)) for name, series in run.metrics.items()],
+        run.checkpoints,
+        _eval_records(run),
+        name=run.id,
+        status=_status_of(run),
+        error=run.error,
+        num_steps=run.num_steps,
+        config=run.config or None,
+        page_url=url if isinstance(url, str) else None,
+        benchmarks=run.benchmarks,
+    )
 
 
-class _RunBuilder:
-    """Builds the record of a run from its events."""
+def _eval_records(run: RecordedRun) -> list[MetricRecord]:
+    during_training = eval_series(each for each in run.evals if not each.is_benchmark)
+    return [MetricRecord(name, *summarize_series(series)) for name, series in during_training.items()]
 
-    root: Path | None = None
-    """See `_run_root`."""
 
-    def __init__(self, key: str, first_steps: Sequence[int]) -> None:
-        self.key: Final = key
-        self._later_first_steps = list(first_steps)  # of trainings that are still to come
-        self._folder: Path | None = None
-        self._stream = ""
-        self._final_status: str | None = None
-        self._record: Final = RunRecord(Path(), None, None, None, 0, [], [], [], name=key)
-        self._metrics: Final[dict[str, MetricRecord]] = {}
-        self._evals: Final[dict[str, MetricRecord]] = {}
-
-    def is_in(self, root: Path | None) -> bool:
-        """Whether the run is in this directory; the state of a host may name the experiment's instead."""
-        known = self.root
-        return root is None or known is None or root in {known, known / self.key} or known == root / self.key
-
-    def add(self, envelope: Envelope) -> None:
-        """Add the next event."""
-        event, record = envelope.event, self._record
-        self._stream = envelope.stream
-        self._folder = _output_dir(event) or self._folder
-        num_steps = getattr(getattr(event, "state", None), "num_steps", None)
-        if isinstance(num_steps, int) and 0 < num_steps < sys.maxsize:
-            record.num_steps = num_steps
-        match event:
-            case RunStart():
-                self._final_status, record.error = None, None
-                record.config = getattr(event.ctx, "run_config", None)
-            case TrainStart():
-                self._final_status, record.error = None, None
-                del self._later_first_steps[:1]
-            case StepEnd() if not self._is_replaced(step_of(event)):
-                self._add_step(event)
-            case Eval() if not self._is_replaced(step_of(event)):
-                _add_values(self._evals, _numeric_items(metrics_of(event)), step_of(event))
-            case Checkpoint() if isinstance(event.row, ManifestRow):  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
-                record.checkpoints.append(event.row)
-            case BenchmarkEval() if isinstance(event.eval_result, EvalResult):  # pyright: ignore[reportUnnecessaryIsInstance] # likewise
-                record.benchmarks.append(event.eval_result)
-            case TrainEnd():
-                error = getattr(event.state, "error", None)
-                self._final_status, record.error = ("ended", None) if error is None else ("failed", str(error))
-            case RunEnd():
-                self._final_status = str(getattr(event.run_result, "status", None) or "ended")
-                record.error = getattr(event.run_result, "error", None)
-            case _:
-                pass
-
-    def build(self, directory: Path, stream_states: Mapping[str, str], page_url: str | None) -> RunRecord:
-        """Return the record."""
-        record = self._record
-        sibling = None if self._folder is None else directory.parent / self._folder.name
-        moved = self._folder is None or (not self._folder.is_dir() and sibling is not None and sibling.is_dir())
-        record.folder = sibling or directory if moved else self._folder or directory
-        record.status = self._final_status or _STATUS.get(stream_states.get(self._stream, ""), "unknown")
-        record.metrics = list(self._metrics.values())
-        record.evals = list(self._evals.values())
-        record.page_url = page_url
-        return record
-
-    def _is_replaced(self, step: int | None) -> bool:
-        """Whether a later training begins at this step or before, and has the row of the step anew."""
-        return step is not None and step >= min(self._later_first_steps, default=sys.maxsize)
-
-    def _add_step(self, event: StepEnd) -> None:
-        record, step = self._record, step_of(event)
-        record.rows += 1
-        if step is not None and (record.last_step is None or step > record.last_step):
-            record.last_step = step
-        _add_values(self._metrics, _numeric_items(metrics_of(event)), step)
+def _status_of(run: RecordedRun) -> str:
+    """Return the status that is shown: a training without a RunEnd has only ended."""
+    if run.end_event == "RunEnd":
+        return run.state
+    if run.end_event == "TrainEnd":
+        return "ended" if run.error is None else "failed"
+    return "ended" if run.state in {"completed", "cancelled"} else run.state
 
 
 def find_run_key(journal: JournalLocation) -> str | None:
@@ -518,17 +376,6 @@ def _output_dir(event: Event | UnknownEvent) -> Path | None:
     """Return the directory of the run that an event's state names; None if it has none."""
     folder = getattr(getattr(event, "state", None), "output_dir", None)
     return Path(folder) if isinstance(folder, str | Path) and Path(folder) != Path() else None
-
-
-def _run_root(event: Event | UnknownEvent) -> Path | None:
-    """Return the directory of the run, by which runs of one key differ; None if the event names none."""
-    ctx = getattr(event, "ctx", None)
-    if ctx is None:
-        return _output_dir(event)
-    folder, key = getattr(ctx, "output_dir", None), getattr(ctx, "run_key", None)
-    if not isinstance(folder, str | Path) or Path(folder) == Path():
-        return None
-    return Path(folder, key) if isinstance(key, str) else Path(folder)
 
 
 def _find_journal(folder: Path) -> JournalLocation | None:

@@ -23,6 +23,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.cli.events import type_of
 from evsys_bus.cli.options import (
     adapter_options,
+    dry_run_option,
     event_options,
     load_adapter,
     no_match_message,
@@ -35,7 +36,7 @@ from evsys_bus.cli.output.capture import guard_stdout
 from evsys_bus.cli.output.deliveries import POLL_SECONDS
 from evsys_bus.cli.output.delivery_progress import OnProgress, show_deliveries
 from evsys_bus.cli.output.errors import INTERRUPTED, OK, RAISED, REMOTE, report, show_warnings
-from evsys_bus.cli.output.formatting import format_columns, pluralize
+from evsys_bus.cli.output.formatting import format_columns, format_event_rate, format_seconds, pluralize
 from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
 from evsys_bus.cli.records import find_journal, find_run_key
@@ -238,7 +239,7 @@ class FilteredReceiver:
     metavar="X",
     help="1 is the original speed, 10 ten times as fast; default: as fast as the adapter accepts events.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
+@dry_run_option
 @timeout_option
 @progress_option
 @json_option
@@ -297,9 +298,9 @@ def _lines(result: ReplayResult, *, dry_run: bool) -> list[str]:
         rows = [[each, f"{count:,}"] for each, count in sorted(result.sent.items())]
         return [f"{result.adapter}   {pluralize(sent, 'event')} to deliver", *format_columns(rows, indent="  ")]
     rest = [f"left {result.left:,}"] if result.left else []
-    counts = [f"sent {sent:,}", f"dead {result.dead:,}", *rest, f"{result.seconds:.1f}s"]
+    counts = [f"sent {sent:,}", f"dead {result.dead:,}", *rest, format_seconds(result.seconds)]
     if result.seconds > 0:
-        counts.append(f"{sent / result.seconds:,.0f}/s")
+        counts.append(format_event_rate(sent / result.seconds))
     return format_columns([[printable(result.adapter), pluralize(sent + result.dead, "event"), *counts]])
 
 

@@ -36,6 +36,7 @@ from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.output.formatting import (
     GAP,
     NO_VALUE,
+    format_counts,
     format_duration,
     format_facts,
     format_mean_sd,
@@ -50,16 +51,17 @@ from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment, read_page_urls
 from evsys_bus.cli.uploads import UploadMonitor
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import redact_key, redact_text
 from evsys_bus.config import build_callbacks
 from evsys_bus.config.registry import REGISTRY
 from evsys_bus.config.spec import read_spec
 from evsys_bus.context import ArmResult, ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
+from evsys_bus.run_files import journal_directory, unwritable_error
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import journal_directory, unwritable_error
 from evsys_bus.training.summary import ArmSummary, Spread, summarise
 
 _MAX_STOPPED: Final = 4
@@ -110,7 +112,8 @@ def command(
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
 
-    resume_command = build_command_line("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
+    shown_sets = tuple(map(redact_text, sets))
+    resume_command = build_command_line("run", file, set=shown_sets, arm=arms, seed=seeds, output_dir=output_dir)
     return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
 
 
@@ -172,7 +175,14 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             if interrupts.received is None:
                 raise
     if outcome is None:
-        _report_interrupted(tracker, plan, resume_command, screen)
+        runs = list(tracker.runs.values())
+        done = sum(run.status == "completed" for run in runs)
+        stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
+        at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
+        more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
+        screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
+        screen.note(f"data: {plan.display_folder}")
+        screen.note(f"go on with: {resume_command}")
         return INTERRUPTED
     seconds = time.monotonic() - began
     page_urls = read_page_urls(journal_directory(plan.folder), inline="learnt" in outcome.health.published)
@@ -295,17 +305,6 @@ def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
     return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
 
 
-def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
-    runs = list(tracker.runs.values())
-    done = sum(run.status == "completed" for run in runs)
-    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
-    at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
-    more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
-    screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
-    screen.note(f"data: {plan.display_folder}")
-    screen.note(f"go on with: {resume_command}")
-
-
 def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) -> bool:
     """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
@@ -320,7 +319,7 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) 
         return unfinished
     for owner, tasks in receipt.tasks_by_owner.items():
         counts = ((tasks.failed, "failed"), (tasks.cancelled, "cancelled"), (tasks.refused, "refused"))
-        parts = [f"{count:,} {word}" for count, word in counts if count]
+        parts = format_counts(counts)
         if parts:
             unfinished = True
             warn(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
@@ -364,7 +363,7 @@ def result_lines(
         name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _HIDDEN_METRICS
     ]
     shown = metrics[:_MAX_METRICS]
-    head = ["arm", "runs", *map(printable, shown)]
+    head = ["arm", "runs", *(printable(redact_key(name)) for name in shown)]
     rows = [head, *(_row(arm, shown, result.best_arm, screen) for arm in arms)]
     lines = [
         f"{printable(result.name)}   {screen.style_state(result.status, sys.stdout)} in {format_duration(seconds)}",
@@ -374,12 +373,14 @@ def result_lines(
     failed = [(run, arm) for run, arm in _pair_runs(plan, result) if arm.status == "failed"]
     lines += [""] if failed else []
     for run, arm in failed[:_MAX_FAILURES]:
-        lines += wrap(_format_failure(run, arm, plan), width)
+        name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
+        show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
+        lines += wrap(f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}", width)
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
-        *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
-        *([["conclusion", result.conclusion]] if result.conclusion else []),
+        *([["hypothesis", redact_text(result.hypothesis)]] if result.hypothesis else []),
+        *([["conclusion", redact_text(result.conclusion)]] if result.conclusion else []),
         *([["delivery", _format_deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.display_folder],
         ["a run", f"evsys-bus show {plan.display_folder}/{plan.runs[0].run_key}"],
@@ -469,12 +470,6 @@ def _format_spread(spread: Spread | None) -> str:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
     text = format_mean_sd(spread)
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
-
-
-def _format_failure(run: RunPlan, arm: ArmResult, plan: ExperimentPlan) -> str:
-    name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
-    show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
-    return f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}"
 
 
 def _pair_runs(plan: ExperimentPlan, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:

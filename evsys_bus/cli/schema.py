@@ -138,21 +138,23 @@ def _described(cls: type[Any]) -> Schema:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Return the docstrings below the fields of a class; empty if its source is not there."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return {}
-    body = cast("ast.ClassDef", tree.body[0]).body
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+    """Return the docstrings below the fields of a class and its bases, where their source is there."""
+    docs: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        docs |= {
+            field.target.id: inspect.cleandoc(text.value.value)
+            for field, text in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+    return docs
 
 
 def _embed(schema: Schema, name: str, definitions: dict[str, Schema]) -> Schema:

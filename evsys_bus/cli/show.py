@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -9,18 +10,20 @@ from typing import Any, cast
 import click
 
 from evsys_bus.cli.check import format_params
-from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
     format_duration,
     format_facts,
     format_number,
+    format_progress,
     format_table,
     format_time,
+    format_value,
     pluralize,
     summarize_error,
 )
+from evsys_bus.cli.output.run_tables import comparison_json, comparison_lines, run_json
 from evsys_bus.cli.output.screen import (
     Screen,
     color_option,
@@ -51,18 +54,21 @@ from evsys_bus.cli.records import (
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.files import DECODE_ERRORS
+from evsys_bus.reading import RecordedRun, locate_journal, read_journal
+from evsys_bus.reading.fields import RunFields, metric_names
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE, read_result
 
 _MAX_CHECKPOINTS = 10
 _MAX_METRICS = 3
+_MAX_NAMED = 5
 
 
 @click.command("show")
-@optional_run_argument
+@click.argument("folders", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
 @json_option
 @color_option
 @click.pass_obj
-def command(screen: Screen, folder: Path | None, as_json: bool) -> None:
+def command(screen: Screen, folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the records of RUN: the folder of a run or of an experiment, its name below ./runs, or a journal.
 
     Without it, the newest experiment or journal below ./runs.
@@ -70,11 +76,19 @@ def command(screen: Screen, folder: Path | None, as_json: bool) -> None:
     Every metric is shown with its first and last value, and the least and greatest with their steps. A run of your own
     training loop, which has only a journal, is shown from that.
 
+    With several RUNs, they are compared side by side, by their journals: states, the config keys that differ, and the
+    last and best values of all metrics, with the differences from the first run.
+
     \b
     Examples:
       evsys-bus show runs/sweep
       evsys-bus show runs/sweep/low-s0 --json
+      evsys-bus show runs/sweep/low-s0 runs/sweep/high-s0
     """  # noqa: D301 # click reads the backspace as: do not wrap
+    if len(folders) > 1:
+        _compare(folders, screen, as_json=as_json)
+        return
+    folder = next(iter(folders), None)
     if folder is None:
         folder = find_newest()
         screen.note(str(folder))
@@ -93,6 +107,34 @@ def command(screen: Screen, folder: Path | None, as_json: bool) -> None:
         return
     lines = _run_lines(record, screen) if isinstance(record, RunRecord) else _experiment_lines(record, screen)
     click.echo("\n".join(lines))
+
+
+def _compare(folders: Sequence[Path], screen: Screen, *, as_json: bool) -> None:
+    """Show the runs side by side."""
+    runs = [RunFields(_read_one(each), str(each)) for each in folders]
+    metrics = metric_names(runs)
+    if as_json:
+        click.echo("\n".join(json_line(each).decode() for each in [*map(run_json, runs), comparison_json(runs)]))
+        return
+    width = terminal_width(sys.stdout)
+    click.echo("\n".join(comparison_lines(runs, metrics, width, lambda text: screen.style_state(text, sys.stdout))))
+
+
+def _read_one(requested: Path) -> RecordedRun:
+    """Read the run that a command line names.
+
+    Raises:
+        click.UsageError: It names none, or several.
+    """
+    folder = find_folder(requested)
+    location = find_journal(folder if locate_journal(folder) else requested)
+    found = read_journal(location)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise click.UsageError(f"{folder} holds no run{_suggest(folder)}")
+    names = ", ".join(str(folder / each.id) for each in found[:_MAX_NAMED])
+    raise click.UsageError(f"{folder} holds {len(found)} runs, and one is compared; known: {names}")
 
 
 def _show_journal(requested: Path, folder: Path, screen: Screen, *, as_json: bool) -> None:
@@ -129,8 +171,8 @@ def _show_journal(requested: Path, folder: Path, screen: Screen, *, as_json: boo
 def _runs_lines(directory: Path, runs: list[RunRecord], screen: Screen) -> list[str]:
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
-        last = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
-        evals = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
+        last = "  ".join(f"{metric.name} {format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
+        evals = "  ".join(f"{metric.name} {format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
         status = screen.style_state(printable(each.status or NO_VALUE), sys.stdout)
         cells = [_format_steps(each), last or NO_VALUE, evals or NO_VALUE, f"{len(each.checkpoints):,}"]
         rows.append([printable(each.name or NO_VALUE), status, *map(printable, [*cells, str(each.folder)])])
@@ -140,7 +182,7 @@ def _runs_lines(directory: Path, runs: list[RunRecord], screen: Screen) -> list[
 
 def _format_steps(record: RunRecord) -> str:
     done = 0 if record.last_step is None else record.last_step + 1
-    return f"{done:,}" if record.num_steps is None else f"{done:,} of {record.num_steps:,}"
+    return format_progress(done, record.num_steps, " of ")
 
 
 def _add_journal_facts(record: ExperimentRecord | RunRecord) -> None:
@@ -279,7 +321,7 @@ def _style(name: str, text: str, screen: Screen) -> str:
 def _metric_row(each: MetricRecord) -> list[str]:
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
     nan_count = f" ({each.nonfinite:,} NaN)" if each.nonfinite else ""
-    return [printable(each.name), f"{each.rows:,}{nan_count}", *map(_format_value, values)]
+    return [printable(each.name), f"{each.rows:,}{nan_count}", *map(format_value, values)]
 
 
 def _relative_path(path: str | None, folder: Path) -> str:
@@ -287,10 +329,3 @@ def _relative_path(path: str | None, folder: Path) -> str:
     if path is None:
         return "-"
     return path.removeprefix(f"{folder.absolute()}/")
-
-
-def _format_value(value: float | None) -> str:
-
-    if value is None:
-        return NO_VALUE
-    return f"{value:,}" if isinstance(value, int) else format_number(value)

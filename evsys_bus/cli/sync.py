@@ -22,7 +22,13 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
+from evsys_bus.cli.options import (
+    adapters_option,
+    dry_run_option,
+    optional_run_argument,
+    progress_option,
+    timeout_option,
+)
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -90,14 +96,14 @@ class SyncResult(NamedTuple):
     """Errors of adapters that another process still delivers to, or that another user named."""
     interrupted: bool = False
     overtaken: frozenset[str] = frozenset()
-    """Adapters that have all that was pending at first, where a program goes on to record more."""
+    """Adapters that have all that was pending at first, where a program continues to record."""
 
 
 @click.command("sync")
 @optional_run_argument
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
+@adapters_option("Only to this one")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
-@click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
+@dry_run_option
 @click.option("--trust", is_flag=True, help="Also import and write what files of other users in the journal name.")
 @timeout_option
 @progress_option
@@ -136,7 +142,16 @@ def command(
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
-        errors += _program_only_errors(work)
+        why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
+        fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
+        errors += [
+            broken_adapter_error(
+                f"{pluralize(each.pending, 'event')} for {each.name} can only be delivered by its own program",
+                why,
+                fix,
+            )
+            for each in work.program_only
+        ]
         errors += work.untrusted
         errors += [unreadable_status_error(work.directory, each) for each in work.unreadable]
         _report_moved(work, screen)
@@ -199,19 +214,6 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
             for each in rows
         ]
     )
-
-
-def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
-    why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
-    fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
-    return [
-        broken_adapter_error(
-            f"{pluralize(each.pending, 'event')} for {each.name} can only be delivered by its own program",
-            why,
-            fix,
-        )
-        for each in work.program_only
-    ]
 
 
 def _report_moved(work: PendingWork, screen: Screen) -> None:

@@ -5,14 +5,22 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 from rich.cells import cell_len, set_cell_size
 
 from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.options import event_options, metric_option, no_match_message, optional_run_argument, since_option
-from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number, format_short_time
+from evsys_bus.cli.options import (
+    count_option,
+    event_options,
+    follow_option,
+    metric_option,
+    no_match_message,
+    optional_run_argument,
+    since_option,
+)
+from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_short_time, format_value
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, printable_name, terminal_width
 from evsys_bus.cli.records import find_journal
 from evsys_bus.codec import to_json
@@ -86,9 +94,7 @@ class EventFormatter:
         if self._metric is not None:
             names = [name for name in names if self._metric.search(name)]
         facts = facts_of(envelope.event, envelope.run)
-        return [_shorten(each) for each in facts], [
-            _shorten(f"{name} {_format_value(metrics[name])}") for name in names
-        ]
+        return [_shorten(each) for each in facts], [_shorten(f"{name} {format_value(metrics[name])}") for name in names]
 
 
 def _shorten(text: str) -> str:
@@ -97,8 +103,8 @@ def _shorten(text: str) -> str:
 
 @click.command("tail")
 @optional_run_argument
-@click.option("-n", "count", type=click.IntRange(min=0), help="Number of events; default: 20, or all with --since.")
-@click.option("-f", "--follow", is_flag=True, help="Keep showing new events, until Ctrl-C.")
+@count_option(f"Number of events; default: {_DEFAULT_COUNT}, or all with --since.")
+@follow_option
 @event_options
 @metric_option
 @since_option
@@ -160,7 +166,3 @@ def _cells(envelope: Envelope) -> list[str]:
     run = NO_VALUE if envelope.run is None else printable_name(envelope.run)
     run = f"{run} rank {envelope.rank}" if envelope.rank else run
     return [run, printable(type_of(envelope.event)), NO_VALUE if step is None else f"{step:,}"]
-
-
-def _format_value(value: Any) -> str:
-    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -21,7 +21,7 @@ from evsys_bus.codec.redact import Redaction, current_redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
 from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
-from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, is_shipped
+from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, event_tag, is_shipped
 from evsys_bus.printable import escape_controls
 
 # Never use enc_hook: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
@@ -114,14 +114,15 @@ def event_encoder(
             Called whenever a state has changed since the last step.
     """
     encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES, log_replacements=True)
-    if event_type is not StepEnd:
+    if not issubclass(event_type, StepEnd | Metrics):
         return (
             encode_any
             if needs_context is None or "state" not in event_type.__struct_fields__
             else _require_run_context(encode_any, needs_context)
         )
     return cast(
-        "Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction)
+        "Callable[[Event, int, float], bytes]",
+        step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction, event_type),
     )
 
 
@@ -273,7 +274,7 @@ def _open_event(
         tag, fields = event.type, dict(event.fields)
     else:
         kinds = {name: handle_class(annotation) for name, annotation in field_annotations(type(event)).items()}
-        tag, fields = event.hook.removeprefix("on_"), {name: getattr(event, name) for name in kinds}
+        tag, fields = event_tag(type(event)), {name: getattr(event, name) for name in kinds}
     for name, value in fields.items():
         kind = kinds.get(name) or next(
             (handle_type for handle_type in HANDLES if issubclass(type(value), handle_type)), None

@@ -34,7 +34,7 @@ from evsys_bus.codec.wire_types import (
 )
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
-from evsys_bus.events import Event
+from evsys_bus.events import Event, event_tag
 
 Reasons: TypeAlias = dict[str, str]
 """Path within the event -> why a value was replaced."""
@@ -74,7 +74,7 @@ def event_copier(event_type: type[Event]) -> Callable[[Event, Reasons], dict[str
     Returns None for an event with a context or a configuration: these may hold credentials, so the whole event has to
     go through `to_builtins` and redaction.
     """
-    tag = event_type.hook.removeprefix("on_")
+    tag = event_tag(event_type)
     copies: list[tuple[str, CopyValue]] = []
     for name, annotation in field_annotations(event_type).items():
         handle = handle_class(annotation)

@@ -4,7 +4,7 @@ A name decides about the value under it. ``apiKeys``, ``AWS_SECRET_ACCESS_KEY`` 
 words. Some names are certain and count everywhere (``password``, ``access_token``); others have everyday meanings too
 and count in configurations only (``token``, ``auth``). ``pad_token`` and ``sort_key`` name no credential.
 
-A text with the form of a credential counts wherever it stands (``hf_…``, a URL with a password, ``--api-key …``); only
+A text with the form of a credential counts at any position (``hf_…``, a URL with a password, ``--api-key …``); only
 that part of it is replaced.
 """
 
@@ -34,9 +34,9 @@ class Redaction(msgspec.Struct, frozen=True):
     """
 
     redact: frozenset[str] = frozenset()
-    """Everything under these keys is replaced; outside configurations, numbers are kept."""
+    """Everything under these keys is replaced; outside configurations, numbers are recorded."""
     reveal: frozenset[str] = frozenset()
-    """Texts directly under these keys, or in lists there, are kept whatever they look like."""
+    """Texts directly under these keys, or in lists there, are recorded whatever they look like."""
 
     @classmethod
     def of(cls, redact: Iterable[str] = (), reveal: Iterable[str] = ()) -> "Redaction":
@@ -177,7 +177,7 @@ def _normalize_key(key: object) -> str:
 # Texts
 
 _HARMLESS_VALUE: Final = re.compile(
-    r"\s*|<\|?[^<>]{0,60}\|?>|\[[A-Z_0-9]{1,30}\]|\*+|\$\{[^{}]*\}?|\$[A-Z]+(?:_[A-Z0-9]+)+|\{\{.*\}\}|env:\w+|\?\?\?"
+    r"\s*|<\|?[^<>]{0,60}\|?>|\[[A-Z_0-9]{1,30}\]|\*+|\.{3}|…|\$\{[^{}]*\}?|\$[A-Z]+(?:_[A-Z0-9]+)+|\{\{.*\}\}|env:\w+|\?\?\?"
     r"|(?i:none|null|auto|empty|dummy|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
 )
 """Placeholders, special tokens, references to the environment and words that are no credential under any name."""

@@ -1,4 +1,4 @@
-"""Encode steps with byte templates: what does not change from step to step is encoded once.
+"""Encode steps, and parts of their rows, with byte templates: what does not change from step to step is encoded once.
 
     {"stream", "seq", "time", "run", "rank", "event": {"type", "state": {"step", …}, "step_idx",    the template
                                                        "batch",                                     usually a constant
@@ -23,7 +23,7 @@ from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.codec.scalars import MAX_ITEMS, NUMBERS, SCALARS, NeedsNormalizing, are_known_keys
 from evsys_bus.codec.wire_types import ABSENT, CONTAINERS, custom_field_names, custom_field_value, is_pinned_path
 from evsys_bus.context import DetachedLoopState, LoopState, TrainingBatch
-from evsys_bus.events import StepEnd
+from evsys_bus.events import Metrics, StepEnd, event_tag
 
 
 class StateMatcher(NamedTuple):
@@ -190,7 +190,7 @@ def _compile(tests: tuple[str, ...]) -> Callable[[Any], Callable[[Any], bool]]:
     return namespace["test"]
 
 
-EncodeStep = Callable[[StepEnd, int, float], bytes]
+EncodeStep = Callable[[Any, int, float], bytes]
 """Encodes an event with its sequence number and time."""
 
 MAX_TEMPLATES: Final = 64
@@ -230,10 +230,10 @@ _PLACEHOLDERS: Final = (
     struct.pack(">q", _STEP_PLACEHOLDER),
     struct.pack(">q", _INDEX_PLACEHOLDER),
 )
-_NO_BATCH: Final = b"\xa5batch\xc0\xa7metrics"
+_METRICS_KEY: Final = b"\xa7metrics"
+_NO_BATCH: Final = b"\xa5batch\xc0" + _METRICS_KEY
 _EMPTY_BATCH: Final = b"\xa5batch\x80\xa7metrics"
 _BATCH_BYTES: Final = len(_NO_BATCH)
-_EMPTY_TAIL: Final = _NO_BATCH + b"\x80"
 _SIX_ENTRIES: Final = b"\x86"
 _SEVEN_ENTRIES: Final = b"\x87"
 _REPLACED_KEY: Final = b"\xa8replaced"
@@ -244,27 +244,33 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
     max_bytes: int,
     needs_context: Callable[[object], bool] | None = None,
     redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
+    event_type: type[StepEnd | Metrics] = StepEnd,
 ) -> EncodeStep:
-    """Return a function that encodes the steps of one stream, one at a time.
+    """Return a function that encodes the steps of one stream, or the parts of their rows, one at a time.
 
     Args:
         encode_any: The general encoder, for building templates and for steps that fit none.
         max_bytes: A longer record may hold values that have to be cut, so it goes to the general encoder.
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
         redaction: See `evsys_bus.codec.encode`.
+        event_type: What is encoded.
     """
-    templates = _StepTemplates(encode_any)
+    templates = _StepTemplates(encode_any, event_type)
+    has_batch = event_type is StepEnd
+    no_batch = _NO_BATCH if has_batch else _METRICS_KEY
+    tag = event_tag(event_type)
     packed_row = bytearray()
     template: _StepTemplate | None = None
     matches: Callable[[Any], bool] = _matches_nothing
     rows_to_skip = 0  # the next rows that are not tried as rows of floats
 
-    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - calls are slow
+    def encode_step(event: Any, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - calls are slow
         nonlocal template, matches, rows_to_skip
         try:
             state: Any = event.state  # a program may have published None, here and in the next line
-            batch: Any = event.batch
-            index, metrics = event.step_idx, event.metrics
+            batch: Any = event.batch if has_batch else None
+            index: Any = event.step_idx
+            metrics: dict[str, Any] = event.metrics
             if not matches(state):
                 template, matches = None, _matches_nothing  # reset first, in case of a Ctrl-C in between
                 found = templates.recent.get(id(state))  # runs that publish alternately
@@ -299,7 +305,7 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
                 if not NUMBERS.issuperset(kinds):  # its keys are no credentials
                     reasons |= redact(row, redaction, "metrics")
             matcher, _, fill, a, b, c, d, fill_index, e = template
-            batch_bytes, tail, tail_has_batch = _NO_BATCH, packed_row, False
+            batch_bytes, tail, tail_has_batch = no_batch, packed_row, False
             if batch is None:
                 _pack_into(row, packed_row)
             elif type(batch) is TrainingBatch and batch.loss_fn is batch.loss_fn_config is None and not batch.metrics:
@@ -308,7 +314,7 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
             else:
                 tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}, redaction), True
             if reasons:
-                log_replaced("step_end", reasons)
+                log_replaced(tag, reasons)
                 a = _SEVEN_ENTRIES + a[1:]
                 tail = tail + _REPLACED_KEY
                 _pack_into(reasons, tail, len(tail))
@@ -348,10 +354,11 @@ def _matches_nothing(_: object) -> bool:
 class _StepTemplates:
     """Templates, one for each combination of a run's horizon, directory and key and the other fields of its state."""
 
-    def __init__(self, encode_any: EncodeStep) -> None:
+    def __init__(self, encode_any: EncodeStep, event_type: type[StepEnd | Metrics]) -> None:
         self.recent: dict[int, _StepTemplate] = {}
         """By ``id`` of the state; another state may have the same id by now, so check that the template fits."""
         self._encode_any = encode_any
+        self._event_type = event_type
         self._by_key: dict[object, _StepTemplate | None] = {}
         self._seen: set[object] = set()
         self._misses: dict[type, int] = {}
@@ -393,40 +400,46 @@ class _StepTemplates:
         placeholder: Any = (
             None if state is None else placeholder_state(state, matcher, _STEP_PLACEHOLDER, _CUSTOM_PLACEHOLDER)
         )  # it has the attributes of a state
+        row_key = _NO_BATCH if self._event_type is StepEnd else _METRICS_KEY
         data = self._encode_any(
-            StepEnd(placeholder, _INDEX_PLACEHOLDER, cast("TrainingBatch", None), {}),
+            StepEnd(placeholder, _INDEX_PLACEHOLDER, cast("TrainingBatch", None), {})
+            if self._event_type is StepEnd
+            else Metrics(placeholder, _INDEX_PLACEHOLDER, {}),
             _SEQ_PLACEHOLDER,
             _TIME_PLACEHOLDER,
         )
+        empty_row, key_bytes = row_key + b"\x80", len(row_key)
         placeholders = [*_PLACEHOLDERS] if state is not None else [*_PLACEHOLDERS[:2], _PLACEHOLDERS[3]]
         if matcher.custom_fields:
             placeholders.insert(3, msgspec.msgpack.encode(dict.fromkeys(matcher.custom_fields, _CUSTOM_PLACEHOLDER)))
         parts: list[bytes] = []
-        rest = data.removesuffix(_EMPTY_TAIL)
+        rest = data.removesuffix(empty_row)
         for marker in placeholders:
             if rest.count(marker) != 1:
                 return None
             part, _, rest = rest.partition(marker)
             parts.append(part)
-        if rest or not data.startswith(_SIX_ENTRIES) or not data.endswith(_EMPTY_TAIL):
+        if rest or not data.startswith(_SIX_ENTRIES) or not data.endswith(empty_row):
             return None
         sizes = [*map(len, parts)]
         if state is None:
             a, b, c = parts
-            return _StepTemplate(matcher, matcher.build_test(matcher.expected), _pack_without_step(sizes), a, b, c, b"")
+            return _StepTemplate(
+                matcher, matcher.build_test(matcher.expected), _pack_without_step(sizes, key_bytes), a, b, c, b""
+            )
         if not matcher.custom_fields:
             a, b, c, d = parts
             return _StepTemplate(
                 matcher,
                 matcher.build_test(matcher.expected),
-                struct.Struct(">{}sQ{}sd{}sq{}sq{}s".format(*sizes, _BATCH_BYTES)).pack,
+                struct.Struct(">{}sQ{}sd{}sq{}sq{}s".format(*sizes, key_bytes)).pack,
                 a,
                 b,
                 c,
                 d,
             )
         a, b, c, d, e = parts
-        fill_index = struct.Struct(f">{len(e)}sq{_BATCH_BYTES}s").pack
+        fill_index = struct.Struct(f">{len(e)}sq{key_bytes}s").pack
         return _StepTemplate(
             matcher,
             matcher.build_test(matcher.expected),
@@ -440,8 +453,8 @@ class _StepTemplates:
         )
 
 
-def _pack_without_step(sizes: list[int]) -> Callable[..., bytes]:
-    pack = struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes, _BATCH_BYTES)).pack
+def _pack_without_step(sizes: list[int], key_bytes: int) -> Callable[..., bytes]:
+    pack = struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes, key_bytes)).pack
 
     def fill(a: bytes, seq: int, b: bytes, time: float, c: bytes, _: int, __: bytes, index: int, last: bytes) -> bytes:
         return pack(a, seq, b, time, c, index, last)

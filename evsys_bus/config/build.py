@@ -115,27 +115,22 @@ def _construct_all(
                 live = adapter if half is None else construct(spec.kind, half, arguments, label, spec_path, registry)
                 subscription = msgspec.structs.replace(subscription, instance=live)
             callback = SinkCallback(adapter) if isinstance(adapter, Sink) else adapter
-            _attach_spec(callback, spec, subscription)
+            attributes: dict[str, object] = {"evsys_subscription": subscription}
+            if spec.placement is not None:
+                attributes["placement"] = spec.placement
+            if spec.ranks is not msgspec.UNSET:
+                attributes["ranks"] = spec.ranks or "all"
+            for key, value in attributes.items():
+                try:
+                    object.__setattr__(callback, key, value)
+                except AttributeError:
+                    pass  # slots: the placement of its class applies
             built.append(callback)
         except ConfigError as error:
             errors.append(error)
     if errors:
         raise combine_errors(errors)
     return built
-
-
-def _attach_spec(callback: Callback, spec: CallbackSpec, subscription: Subscription | None) -> None:
-    """Attach the subscription, placement and ranks of a spec to the callback, for the bus."""
-    attributes: dict[str, object] = {"evsys_subscription": subscription}
-    if spec.placement is not None:
-        attributes["placement"] = spec.placement
-    if spec.ranks is not msgspec.UNSET:
-        attributes["ranks"] = spec.ranks or "all"
-    for key, value in attributes.items():
-        try:
-            object.__setattr__(callback, key, value)
-        except AttributeError:
-            pass  # slots: the placement of its class applies
 
 
 def _plan_build(

@@ -160,9 +160,13 @@ def describe(part: Schema, root: Schema) -> str:
     if part["type"] == "object" and "properties" in part:
         noun += f" with {', '.join(part['properties'])}"
     ranges = [f"{sign} {part[key]}" for key, sign in _BOUNDS if key in part]
-    lengths = [f"of length {sign} {part[key]}" for key, sign in _LENGTHS if key in part]
+    lengths = " and ".join(f"{sign} {part[key]}" for key, sign in _LENGTHS if key in part)
     pattern = [f'matching "{part["pattern"]}"'] if "pattern" in part else []
-    return " ".join([noun, " and ".join(ranges), *lengths, *pattern]).replace("  ", " ").strip()
+    return (
+        " ".join([noun, " and ".join(ranges), *([f"of length {lengths}"] if lengths else []), *pattern])
+        .replace("  ", " ")
+        .strip()
+    )
 
 
 def sample_value(part: Schema, root: Schema) -> object:

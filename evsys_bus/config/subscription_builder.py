@@ -113,8 +113,8 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
             fix = "leave placement out, or write placement: inline"
             return [BadSpecError(what, where=Location(join_path(path, "placement")), why=_MUST_RUN_INLINE, fix=fix)]
         if issubclass(cls, Sink) and spec.on_failure != "count":
-            what = f'"on_failure" says what a hook that raises means, and sink "{spec.kind}" has no hooks'
-            fix = "leave it out: what `write` raises says what becomes of the batch"
+            what = f'"on_failure" is about hooks that raise, and sink "{spec.kind}" has no hooks'
+            fix = "leave it out: the error that `write` raises decides what becomes of the batch"
             return [BadSpecError(what, where=Location(join_path(path, "on_failure")), fix=fix)]
         return _mark_errors(cls, path)
     return [
@@ -247,13 +247,24 @@ def build_adapter(adapter_ref: AdapterRef, *, registry: Registry = REGISTRY) -> 
     has_lock = _build_lock.acquire(timeout=BUILD_SECONDS)
     try:
         for plugin in adapter_ref.plugins:
-            _import_plugin(adapter_ref.kind, plugin, registry)
+            path = plugin.partition(":")[2]
+            found = _import_object(adapter_ref.kind, plugin)  # which registers the kind, or is the class itself
+            if path and not registry.is_registered(adapter_ref.kind):
+                is_sink = isinstance(found, type) and issubclass(found, Sink)
+                getattr(registry, "register_sink" if is_sink else "register")(adapter_ref.kind, replace=True)(found)
         cls = (
             _import_object(adapter_ref.kind, adapter_ref.kind)
             if ":" in adapter_ref.kind
             else registry.find(adapter_ref.kind)
         )
-        spec = CallbackSpec(adapter_ref.kind, _with_environment(adapter_ref, cls))
+        # The params are completed by those that only the program's environment had.
+        local_names = _from_environment(cls) if adapter_ref.environment else {}
+        inherited = {name: value for name, value in adapter_ref.environment.items() if name not in local_names}
+        spec = CallbackSpec(
+            adapter_ref.kind,
+            inherited
+            | {name: value for name, value in adapter_ref.params.items() if value is not None or name not in inherited},
+        )
         arguments, errors = check_arguments(cls, spec, "$", registry)
         if errors:
             raise combine_errors(errors)
@@ -299,15 +310,6 @@ def _from_environment(cls: AdapterClass, *, usable: bool = False) -> dict[str, A
     return found
 
 
-def _with_environment(adapter_ref: AdapterRef, cls: AdapterClass) -> dict[str, Any]:
-    """Return the params, completed by those that only the program's environment had."""
-    local_names = _from_environment(cls) if adapter_ref.environment else {}
-    inherited = {name: value for name, value in adapter_ref.environment.items() if name not in local_names}
-    return inherited | {
-        name: value for name, value in adapter_ref.params.items() if value is not None or name not in inherited
-    }
-
-
 def _portable_params(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | None:
     """Return the params as they are read back from JSON, if the Config then gives the same result; else None."""
     try:
@@ -351,15 +353,6 @@ def _is_findable(module: str) -> bool:
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
     found = next((each for finder in finders if finder and (each := finder(module, path))), None)
     return found is not None and found.origin == spec.origin
-
-
-def _import_plugin(kind: str, plugin: str, registry: Registry) -> None:
-    """Import the module of a plugin; if that does not register the kind, register the class that the plugin names."""
-    path = plugin.partition(":")[2]
-    found = _import_object(kind, plugin)
-    if path and not registry.is_registered(kind):
-        is_sink = isinstance(found, type) and issubclass(found, Sink)
-        getattr(registry, "register_sink" if is_sink else "register")(kind, replace=True)(found)
 
 
 def _import_object(kind: str, target: str) -> Any:

@@ -38,7 +38,7 @@ Params = Mapping[str, Any]
 
 _PATH_SUFFIX: Final = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _PATH_PART: Final = re.compile(r"\.(?P<key>[^.\[]+)|\[(?:(?P<index>\d+)|\.\.\.)\]")
-_FIELD: Final = re.compile(r"Object (?P<trouble>contains unknown|missing required) field `(?P<key>.*)`")
+_FIELD: Final = re.compile(r"Object (?P<problem>contains unknown|missing required) field `(?P<key>.*)`")
 
 
 class Issue(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ def _parse_issue(text: str, path: tuple[PathPart, ...]) -> Issue:
         text = text[: suffix.start()]
     field = _FIELD.fullmatch(text)
     if field is not None:
-        return Issue("unknown" if field["trouble"] == "contains unknown" else "missing", (*path, field["key"]))
+        return Issue("unknown" if field["problem"] == "contains unknown" else "missing", (*path, field["key"]))
     return Issue("wrong", path, text)
 
 

@@ -191,7 +191,11 @@ class _Composer:
             token = self._token(event)
             node = self._compose_node(next(self._events), (*path, key), depth + 1)
             if key == "<<" and event.implicit[0]:
-                merged_nodes += self._merged_nodes(node, event, path)
+                nodes = list(node.content) if isinstance(node.content, tuple) else [node]
+                if not all(isinstance(each.content, dict) for each in nodes):
+                    fix = "write <<: *anchor, where the anchor is on a mapping"
+                    self._add_mistake('"<<" merges mappings, and this is none', event, path, fix=fix)
+                merged_nodes += [each for each in nodes if isinstance(each.content, dict)]
             elif key in entries:
                 lines = f"lines {entries[key].key.line + 1} and {token.line + 1}"
                 what = f'the key "{key:.60}" is twice in one mapping' + (f": {lines}" if self._source.lines else "")
@@ -227,13 +231,6 @@ class _Composer:
             self._raise_too_deep(event, path)
         self._count_nodes(node.size, event, path)
         return node
-
-    def _merged_nodes(self, node: Node, event: Any, path: _Path) -> list[Node]:
-        nodes = list(node.content) if isinstance(node.content, tuple) else [node]
-        if not all(isinstance(each.content, dict) for each in nodes):
-            fix = "write <<: *anchor, where the anchor is on a mapping"
-            self._add_mistake('"<<" merges mappings, and this is none', event, path, fix=fix)
-        return [each for each in nodes if isinstance(each.content, dict)]
 
     def _scalar_value(self, event: Any, path: _Path) -> Scalar:
         from ruamel.yaml.nodes import ScalarNode

@@ -4,7 +4,7 @@
                                      └──────────── until finished or stopped ────────────────────┘
 
 The cursor moves only after the receiver has acknowledged the events. A commit writes the dead letters, then takes the
-receiver's mark, then writes one cursor file with both. What the adapter raises goes to the state file and the log.
+receiver's mark, then writes one cursor file with both. Errors of the adapter are written to the state file and the log.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from evsys_bus.delivery.subscription import DeliveryPolicy, adapter_kind
 from evsys_bus.delivery.subscriptions import is_subscribed
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.events import Event
+from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
@@ -200,6 +200,11 @@ class Courier:
         recorded = delivered + dead + pending
         return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
 
+    @property
+    def failure_counts(self) -> HasFailureCounts | None:
+        """Failures of the adapter in this courier; None if its receiver does not count them."""
+        return self._receiver if isinstance(self._receiver, HasFailureCounts) else None
+
     # -- on the courier's loop ----------------------------------------------------------------------------------------
 
     def _make_receiver(self, adapter: Callback | Sink | Receiver) -> Receiver:
@@ -267,11 +272,11 @@ class Courier:
         batch = Batch()
         began = 0.0
         was_exhausted = (
-            False  # by a thorough read; finish only after two, since one may have begun before the last event came
+            False  # by a thorough read; finish only after two, since one may have started before the last event came
         )
         while not self._stopping:
             include_idle = self._finishing
-            if not batch.envelopes:
+            if batch.is_empty():
                 began = clock.monotonic()
             read_result = source.read_batch(
                 batch,
@@ -280,7 +285,7 @@ class Courier:
                 slice_seconds=self._slice_seconds,
                 include_idle=include_idle,
             )
-            if read_result == "dry" and not batch.envelopes:
+            if read_result == "dry" and batch.is_empty():
                 self._commit(at_once=True)
                 self._write_status("idle")
                 if include_idle and was_exhausted:
@@ -297,12 +302,12 @@ class Courier:
                 )
                 continue
             is_closed = batch.is_closed
-            if batch.envelopes:
+            if not batch.is_empty():
                 await self._deliver_batch(batch)
-            if batch.corrupt_record is not None and not batch.envelopes:
+            if batch.corrupt_record is not None and not batch.items:
                 store.reject_corrupt(batch.corrupt_record)
                 batch = Batch()
-            self._commit(at_once=is_closed and not batch.envelopes)
+            self._commit(at_once=is_closed and batch.is_empty())
             self._write_status("delivering")
             while (store.is_full or self._failed_marks) and not self._stopping:
                 await asyncio.sleep(self._poll_seconds)
@@ -317,13 +322,7 @@ class Courier:
         try:
             self._is_delivering = True
             if getattr(self._receiver, "needs_starts_as_events", False):
-                offset = 0
-                while offset < len(starts):
-                    part = starts[offset : offset + self._receiver.max_events]
-                    result = await self._receiver.deliver(part, [0] * len(part))
-                    for why in result.rejected.values():
-                        self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
-                    offset += max(1, result.handled)
+                await self._deliver_uncounted(starts)
             else:
                 self._receiver.resume_runs(starts)
             self._is_delivering = False
@@ -339,12 +338,15 @@ class Courier:
         """Deliver the front of the batch. If that is cancelled, record the part that is known to be delivered."""
         if batch.starts:
             await self._resume_runs(batch)
+        if not batch.items:
+            await self._deliver_open_rows(batch)
+            return
         try:
             self._is_delivering = True
-            result = await self._receiver.deliver(batch.envelopes, batch.sizes)
+            result = await self._receiver.deliver(batch.items, batch.sizes)
             self._is_delivering = False
-            if not 0 < result.handled <= len(batch.envelopes):
-                raise ValueError(f"a receiver took {result.handled} of {len(batch.envelopes)} events")  # noqa: TRY301
+            if not 0 < result.handled <= len(batch.items):
+                raise ValueError(f"a receiver took {result.handled} of {len(batch.items)} events")  # noqa: TRY301
         except asyncio.CancelledError:
             partial_result = self._receiver.interrupted_result()
             if partial_result is not None:
@@ -363,6 +365,35 @@ class Courier:
             return
         self._store.acknowledge(batch, result)
 
+    async def _deliver_open_rows(self, batch: Batch) -> None:
+        """Deliver the rows that were logged in parts, and whose program ended before they were complete."""
+        streams, batch.ended_streams, batch.is_closed = batch.ended_streams, [], False
+        rows = self._store.rows
+        try:
+            self._is_delivering = True
+            await self._deliver_uncounted([row for stream in streams for row in rows.of(stream)])
+            self._is_delivering = False
+        except RetryLaterError as error:
+            self._fatal_error = error
+            raise
+        except Exception as error:  # isolation: the rows remain, for the next courier
+            self._is_delivering = False
+            self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
+        else:
+            for stream in streams:
+                rows.remove(stream)
+            self._store.has_changes = True
+
+    async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
+        """Deliver events that are not counted, because they repeat or complete others; a rejected one is logged."""
+        offset = 0
+        while offset < len(envelopes):
+            part = envelopes[offset : offset + self._receiver.max_events]
+            result = await self._receiver.deliver(part, [0] * len(part))
+            for why in result.rejected.values():
+                self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
+            offset += max(1, result.handled)
+
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Save all recorded results, unless the last commit or failed commit was a moment ago."""
         now = self._clock.monotonic()
@@ -373,10 +404,16 @@ class Courier:
         try:
             if last and self._is_delivering and (not self._store.save_cursor() or self._receiver.mark() is not None):
                 return  # stopped in the middle of a batch: the mark may cover rows that are not recorded yet
-            self._save_failure_counts()
+            # Before the cursor moves: after a kill in between, failures are counted twice, not lost.
+            counts = self.failure_counts
+            if counts is not None:
+                failures = counts.failures, counts.task_failures
+                if failures != self._saved_failures:
+                    self._saved_failures = failures
+                    self._write_status("delivering", urgent=True)
             committed = self._store.commit(self._receiver.mark)
             if last and committed:
-                self._receiver.mark()  # lets the adapter delete what it kept for the mark before the last one
+                self._receiver.mark()  # lets the adapter delete what it needed for the mark before the last one
             self._failed_marks = 0
         except Exception as error:  # isolation: without the adapter's mark the cursor must not move
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
@@ -387,15 +424,6 @@ class Courier:
                 raise
         self._commit_failed = not committed
         self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
-
-    def _save_failure_counts(self) -> None:
-        """Write failure counts before the cursor moves: after a kill in between they are counted twice, not lost."""
-        receiver = self._receiver
-        if isinstance(receiver, HasFailureCounts):
-            failures = receiver.failures, receiver.task_failures
-            if failures != self._saved_failures:
-                self._saved_failures = failures
-                self._write_status("delivering", urgent=True)
 
     def _set_problem(self, problem: DeliveryStatus | None) -> None:
         """Store and write the problem that the receiver reports; None when it has ended."""
@@ -413,11 +441,9 @@ class Courier:
         unconfirmed, previous = self._unconfirmed, self._previous_status
         # A problem of the delivery comes before the reason for unconfirmed events.
         shown = unconfirmed if problem is None else problem
-        receiver = self._receiver
+        counts = self.failure_counts
         failures, task_failures, last_failure = (
-            (receiver.failures, receiver.task_failures, receiver.last_failure)
-            if isinstance(receiver, HasFailureCounts)
-            else (0, 0, None)
+            (0, 0, None) if counts is None else (counts.failures, counts.task_failures, counts.last_failure)
         )
         status = DeliveryStatus(
             state=state if problem is None or state in {"ended", "failed"} else problem.state,

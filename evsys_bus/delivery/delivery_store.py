@@ -20,13 +20,14 @@ from urllib.parse import quote
 import msgspec
 
 from evsys_bus.codec import decode, to_json
+from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.delivery.source import Batch, CorruptRecord
-from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
+from evsys_bus.delivery.status_files import CourierLock, read_status, status_for_next_courier, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CodecError
-from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
+from evsys_bus.events import Envelope, ExperimentEnd, Metrics, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.files import DECODE_ERRORS
-from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
+from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, JournalReader, Position, layout
 from evsys_bus.sink import BatchResult, RawRecord
 from evsys_bus.tasks import DeliveryStatus
 
@@ -184,6 +185,8 @@ class DeliveryStore:
         """Whether the cursor has moved since it was last saved."""
         self.open_trainings: set[tuple[str, str]] = set()
         """Stream and run of each open training."""
+        self.rows: Final = OpenRows()
+        """The rows whose parts are delivered, but that are not complete."""
         self._directory: Final = directory
         self._name: Final = name
         self._kind: Final = kind
@@ -221,11 +224,15 @@ class DeliveryStore:
         except OSError:
             self.close()
             raise
+        reader = JournalReader(self._directory, self._disk)
+        for stream, first in self.cursor.rows.items():
+            self.rows.restore(reader, stream, first, self.cursor.position(stream).sequence)
         return bool(self.cursor.streams)
 
     def previous_status(self) -> DeliveryStatus:
-        """The part of the previous courier's state that is still valid; see `kept`."""
-        return carried_over(read_status(self._disk, self._directory, self._name) if self._persistent else None)
+        """The part of the previous courier's state that is still valid; see `status_for_next_courier`."""
+        stored = read_status(self._disk, self._directory, self._name) if self._persistent else None
+        return status_for_next_courier(stored)
 
     def start_after(self, sequences: Mapping[str, int]) -> None:
         """Set the cursor to just after these sequences, by stream."""
@@ -234,7 +241,7 @@ class DeliveryStore:
 
     def acknowledge(self, batch: Batch, result: BatchResult) -> None:
         """Record the result for the front of a batch and remove those events from it."""
-        envelopes, sequences = batch.envelopes[: result.handled], batch.sequences[: result.handled]
+        envelopes, sequences = batch.items[: result.handled], batch.sequences[: result.handled]
         offset = 0
         for stream, number, last in batch.drop(result.handled):
             indices = range(offset, offset + number)
@@ -285,7 +292,9 @@ class DeliveryStore:
                 return self._log_commit_failure(error)
             if self._unsaved_cursor is None:
                 cursor = self.cursor
-                self._unsaved_cursor = Cursor(dict(cursor.streams), dict(cursor.steps), mark(), self._kind)
+                self._unsaved_cursor = Cursor(
+                    dict(cursor.streams), dict(cursor.steps), self.rows.first_parts(), mark(), self._kind
+                )
                 self.has_changes = False
             if not self.save_cursor():
                 return False
@@ -366,7 +375,7 @@ class DeliveryStore:
     def _reset_if_other_kind(self, cursor: Cursor) -> Cursor:
         """Return the cursor, or a new one if it belongs to another kind of adapter that had this name.
 
-        That is a new destination, which has received no events yet. The files of the other one are renamed and kept.
+        That is a new destination, which has received no events yet. The files of the other one are renamed.
 
         Raises:
             OSError: The files cannot be renamed.
@@ -418,11 +427,16 @@ class DeliveryStore:
                 return
             event = envelope.event
             if type(event) is StepEnd:
+                if self.rows:
+                    self.rows.update(envelope)
                 if steps:
                     run, step = envelope.run or "", event.step_idx
                     if run in steps and type(step) is int and (step > steps[run] or steps[run] == _NO_STEP_YET):
                         steps[run] = step
+            elif isinstance(event, Metrics):
+                self.rows.update(envelope)
             elif isinstance(event, _TRAINING_EVENTS):
+                self.rows.update(envelope)
                 self._track_trainings(stream, envelope.run or "", event)
 
     def _track_trainings(self, stream: str, run: str, event: TrainStart | TrainEnd | RunEnd | ExperimentEnd) -> None:

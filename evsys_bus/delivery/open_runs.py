@@ -16,16 +16,23 @@ from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import (
+    Alert,
     BenchmarkEval,
+    ConfigUpdate,
     Envelope,
+    Environment,
     ExperimentEnd,
     ExperimentStart,
     GroupStart,
+    Metrics,
     RunEnd,
     RunStart,
     StepEnd,
+    Summary,
+    TrainData,
     TrainEnd,
     TrainStart,
+    event_tag,
 )
 from evsys_bus.journal import Clock, Disk, JournalReader, frame, layout
 from evsys_bus.journal.frame import Frame
@@ -37,7 +44,7 @@ POLL_SECONDS: Final = 0.2
 MAX_IDLE_SECONDS: Final = 60.0
 """The longest such pause for a stream that has no writer and is not the newest; each pause is four times as long."""
 
-_EVENT_TAG: Final = RunAnnotated.hook.removeprefix("on_").encode()
+_EVENT_TAG: Final = event_tag(RunAnnotated).encode()
 """The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 
 
@@ -122,7 +129,10 @@ _BATCH_BOUNDARIES: Final[frozenset[type]] = frozenset(
 )
 """A batch ends after one of these, so that the cursor can be right after it."""
 _CONTEXT_EVENTS: Final[frozenset[type]] = frozenset(
-    {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, RunAnnotated}
+    {
+        *(ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, RunAnnotated),
+        *(ConfigUpdate, Environment, Summary, Alert, TrainData),
+    }
 )
 """Events that have a ``ctx`` or change one."""
 
@@ -135,12 +145,15 @@ class StreamContexts:
 
     Args:
         annotations: Annotations of runs by couriers; they are in the context of a run from its start.
+        has_parts: Whether a row of the stream is open at the cursor.
 
     Attributes:
         by_run: Contexts of the open runs, by run key; `decode` attaches them to detached states.
+        has_parts: Whether rows of the stream were logged in parts, so that its last one may be incomplete.
     """
 
-    def __init__(self, annotations: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, annotations: Mapping[str, Mapping[str, Any]], *, has_parts: bool = False) -> None:
+        self.has_parts = has_parts
         self.by_run: Final = RunContexts(self._inherit)
         self._annotations: Final = annotations
         self._experiment_context: LogContext | None = None
@@ -148,7 +161,9 @@ class StreamContexts:
     def update(self, envelope: Envelope) -> bool:
         """Update contexts from the event, and its own context from earlier ones; return whether a batch ends here."""
         kind = type(envelope.event)
-        if kind in _CONTEXT_EVENTS:
+        if kind is Metrics:
+            self.has_parts = True
+        elif kind in _CONTEXT_EVENTS:
             self._update_contexts(envelope)
         return kind in _BATCH_BOUNDARIES
 
@@ -165,6 +180,8 @@ class StreamContexts:
         if known is None:
             self._inherit(run, ctx)
         else:
+            if isinstance(event, ConfigUpdate):
+                _add_extras(known, ctx.extras)
             _copy_ids_and_extras(ctx, known)
         if isinstance(event, ExperimentEnd):
             self._experiment_context = None
@@ -267,7 +284,7 @@ def _record_first_step(payload: bytes, requested: set[str | None], first_steps: 
         first_steps[run] = event.step_idx
 
 
-_STEP_TAG: Final = StepEnd.hook.removeprefix("on_").encode()
+_STEP_TAG: Final = event_tag(StepEnd).encode()
 """The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 _MAX_BYTES_AHEAD: Final = 256 << 20
 """How many bytes of a stream are read to find the first steps of its runs."""

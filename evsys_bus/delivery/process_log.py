@@ -27,7 +27,7 @@ from evsys_bus.files import DECODE_ERRORS
 LOG_NAME: Final = "process.log"
 """Name of the log file, in the directory of the couriers' files."""
 MAX_LOG_BYTES: Final = 4 << 20
-"""Maximum size of one file; at most one older file is kept."""
+"""Maximum size of one file; at most one older file remains."""
 MAX_PENDING_CHARS: Final = 8192
 """How many characters may be printed without a line end before they are written."""
 _BYTES_PER_SIZE_CHECK: Final = 1 << 16

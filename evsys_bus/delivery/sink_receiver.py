@@ -14,7 +14,7 @@ sink fails with an unknown error, is split in halves until the failing event is 
 
 Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
 bad event after another. After `MAX_CONSECUTIVE_DEAD` consecutive events were dead-lettered for unknown exceptions, the
-next failing event is kept and the sink is parked until it accepts an event or is rebuilt.
+next failing event stays pending and the sink is parked until it accepts an event or is rebuilt.
 """
 
 import asyncio
@@ -255,7 +255,8 @@ class SinkReceiver:
         """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
         self._returned = []
         while True:
-            part = tuple(batch[: self._fitting_count(sizes)])
+            limit = 1 if self._is_breaker_open() else self._batch_limit
+            part = tuple(batch[: max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))])
             is_bisecting = self._bisect_remaining > 0 and len(part) > 1
             attempts = 1 if is_bisecting else UNKNOWN_ERROR_ATTEMPTS
             outcome = await self._retry(partial(self._write, part), attempts=attempts, park=self._is_breaker_open())
@@ -335,11 +336,6 @@ class SinkReceiver:
             fix = "await it in write, which returns when the destination has the batch"
             log().warning("sink.task_failed", sink=self._name, task=task_name(task), why=why, fix=fix, exc_info=error)
 
-    def _fitting_count(self, sizes: Sequence[int]) -> int:
-        """How many events of the batch to pass to one write: at least one."""
-        limit = 1 if self._is_breaker_open() else self._batch_limit
-        return max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))
-
     def _is_breaker_open(self) -> bool:
         return self._consecutive_dead >= MAX_CONSECUTIVE_DEAD
 
@@ -401,19 +397,20 @@ class SinkReceiver:
         """The result for these events; None if a smaller part must be tried."""
         error = outcome.error
         if error is None:
-            return self._finish_batch(outcome.value)
+            return self._reset_after_batch(outcome.value)
         if isinstance(error, RejectedError):
             rejected = self._rejected_events(error, len(part))
-            return self._finish_batch(BatchResult(len(part) - len(rejected), rejected))
+            return self._reset_after_batch(BatchResult(len(part) - len(rejected), rejected))
         if len(part) > 1:
             self._batch_limit = len(part) // 2
             self._bisect_remaining = max(self._bisect_remaining, len(part))
             return None
         consecutive_dead = 0 if isinstance(error, BatchTooLargeError) else self._consecutive_dead + 1
         self._bisect_remaining = 0  # the failing event is found
-        return self._finish_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
+        return self._reset_after_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
 
-    def _finish_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
+    def _reset_after_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
+        """Set the counters that the next batch starts with; return the result."""
         self._consecutive_dead = consecutive_dead
         self._bisect_remaining = max(0, self._bisect_remaining - result.handled)
         if not self._bisect_remaining:

@@ -55,7 +55,7 @@ class Batch:
     """Events to deliver, in the order of their streams."""
 
     def __init__(self) -> None:
-        self.envelopes: list[Any] = []
+        self.items: list[Any] = []
         """Each is an `Envelope`, or a `RawRecord` if the source is raw."""
         self.sizes: list[int] = []
         """Encoded size of each event in bytes."""
@@ -69,8 +69,23 @@ class Batch:
         """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
+        self.ended_streams: list[str] = []
+        """Streams with rows in parts whose last event was read, and whose writer has ended."""
         self.starts: list[Any] = []
         """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to deliver."""
+        return not (self.items or self.ended_streams)
+
+    def end(self, source: "_StreamSource") -> ReadResult:
+        """Take note that a stream was read to its end, which matters if its writer has ended in the middle of a row."""
+        if not (source.contexts.has_parts and source.is_finished):
+            return "dry"
+        source.contexts.has_parts = False
+        self.ended_streams.append(source.stream)
+        self.is_closed = True
+        return "full"
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
         """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
@@ -84,8 +99,8 @@ class Batch:
             offset += removed
             dropped.append((stream, removed, self.sequences[offset - 1]))
         self.bytes -= sum(self.sizes[:count])
-        del self.envelopes[:count], self.sizes[:count], self.sequences[:count]
-        self.is_closed = self.is_closed and bool(self.envelopes or self.corrupt_record)
+        del self.items[:count], self.sizes[:count], self.sequences[:count]
+        self.is_closed = self.is_closed and bool(self.items or self.corrupt_record or self.ended_streams)
         return dropped
 
 
@@ -121,7 +136,8 @@ class EventSource:
         self._clock: Final = clock
         self._faults: Final = faults
         self._sources: dict[str, _StreamSource] = {}
-        self._by_rank: dict[int, _RankStreams] = {}
+        self._by_rank: dict[tuple[str, int], _RankStreams] = {}
+        """By family and rank: a sampler writes at the same time as its loop, so neither waits for the other."""
         self._active: deque[_StreamSource] = deque()
         """The streams that are polled, next one first."""
         self._idle: list[tuple[float, int, _StreamSource]] = []
@@ -132,7 +148,7 @@ class EventSource:
         self._annotations: Final = RunAnnotations(self._reader, clock, faults)
 
     def close(self) -> None:
-        """Close the segments that were kept open."""
+        """Close the open segments."""
         for source in self._sources.values():
             source.close()
 
@@ -189,7 +205,7 @@ class EventSource:
         Returns:
             ``full`` if the batch is complete, ``slice`` if the time is up, ``dry`` if no event is available now.
         """
-        if batch.is_closed or len(batch.envelopes) >= max_events:
+        if batch.is_closed or len(batch.items) >= max_events:
             return "full"
         if not self._raw:
             self._apply_annotations()
@@ -264,16 +280,21 @@ class EventSource:
         self._listing_due = self._listed_at + MAX_LISTING_SECONDS
         before = len(self._sources)
         try:
-            for name in self._reader.streams():
+            for name in self._reader.delivered_streams():
                 if name in self._sources:
                     continue
                 rank_number = layout.rank_of(name)
                 if self._ranks is not None and rank_number not in self._ranks:
                     continue
-                rank = self._by_rank.setdefault(rank_number, _RankStreams())
-                contexts = StreamContexts(self._annotations.extras)
+                rank = self._by_rank.setdefault((name[0], rank_number), _RankStreams())
+                contexts = StreamContexts(self._annotations.extras, has_parts=name in self._cursor.rows)
                 source = _StreamSource(
-                    self._reader, name, self._cursor.position(name).sequence, rank, contexts, raw=self._raw
+                    self._reader,
+                    name,
+                    self._cursor.position(name).sequence,
+                    rank,
+                    contexts,
+                    raw=self._raw,
                 )
                 self._sources[name] = source
                 if rank.add(source):
@@ -300,10 +321,10 @@ class EventSource:
         self, source: "_StreamSource", batch: Batch, max_events: int, max_bytes: int, deadline: float | None
     ) -> ReadResult:
         """Add events of one stream."""
-        envelopes, sizes, sequences = batch.envelopes, batch.sizes, batch.sequences
+        items, sizes, sequences = batch.items, batch.sizes, batch.sequences
         contexts, contexts_by_run = source.contexts, source.contexts.by_run
         raw, stream = self._raw, source.stream
-        before = len(envelopes)
+        before = len(items)
         room, total_bytes = max_events - before, batch.bytes
         read_result: ReadResult = "dry"
         try:
@@ -311,27 +332,23 @@ class EventSource:
                 sequence, payload = record
                 size = len(payload)
                 total_bytes += size
-                if (
-                    total_bytes > max_bytes or source.starts
-                ) and envelopes:  # starts go before the first event of a batch
+                if (total_bytes > max_bytes or source.starts) and items:  # starts go before the first event of a batch
                     source.push_back(record)
                     total_bytes -= size
                     read_result = "full"
                     break
                 try:
-                    envelope: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
+                    item: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
                 except CodecError as error:
                     batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
                     total_bytes -= size
                     batch.is_closed, read_result = True, "full"
                     break
-                envelopes.append(envelope)
+                items.append(item)
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                if (
-                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
-                ):  # nearly all are steps
+                if not raw and type(item.event) is not StepEnd and contexts.update(item):  # nearly all are steps
                     batch.is_closed, read_result = True, "full"
                     break
                 if not room:
@@ -341,12 +358,13 @@ class EventSource:
                     read_result = "slice"
                     break
             else:
-                source.set_exhausted(self._clock.monotonic(), found=len(envelopes) > before)
+                source.set_exhausted(self._clock.monotonic(), found=len(items) > before)
+                read_result = batch.end(source)
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
             source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
-        if len(envelopes) > before:
-            batch.parts.append((source.stream, len(envelopes) - before))
+        if len(items) > before:
+            batch.parts.append((source.stream, len(items) - before))
             if source.starts:
                 batch.starts += source.pop_starts(sequences[before] - 1)
         batch.bytes = total_bytes
@@ -430,7 +448,14 @@ class _StreamSource:
     """One stream and its read position."""
 
     def __init__(
-        self, reader: JournalReader, stream: str, after: int, rank: _RankStreams, contexts: StreamContexts, *, raw: bool
+        self,
+        reader: JournalReader,
+        stream: str,
+        after: int,
+        rank: _RankStreams,
+        contexts: StreamContexts,
+        *,
+        raw: bool,
     ) -> None:
         self.stream: Final = stream
         self.order: Final = layout.stream_sort_key(stream)
@@ -450,7 +475,7 @@ class _StreamSource:
         self._last_found = -math.inf
         """When the stream last had new events; at first when it was first read."""
         self.is_exhausted = False
-        self._is_finished = False
+        self.is_finished = False
         """Whether it was read to its end after its writer had ended."""
         self._read_failures = 0
         """How often in a row it could not be read."""
@@ -463,7 +488,7 @@ class _StreamSource:
         return not (self.is_exhausted or self.is_live)
 
     def close(self) -> None:
-        """Close the segment that was kept open."""
+        """Close the open segment."""
         self._tail.close()
 
     def records(self) -> Iterator[tuple[int, bytes]]:
@@ -516,7 +541,7 @@ class _StreamSource:
         """Record that the end was reached."""
         self._records = None
         self.is_exhausted = True
-        self._is_finished = not self.is_live
+        self.is_finished = not self.is_live
         self._read_failures = 0
         if found or self._last_found < 0:
             self._last_found = now
@@ -539,5 +564,5 @@ class _StreamSource:
         """Pause after a read error. Newer streams wait as long as the error may pass, since their events come later."""
         self._records = None
         self._read_failures += 1
-        self.is_exhausted = is_permanent or self._is_finished or self._read_failures >= MAX_READ_ATTEMPTS
+        self.is_exhausted = is_permanent or self.is_finished or self._read_failures >= MAX_READ_ATTEMPTS
         self.idle_until = now + IDLE_SECONDS

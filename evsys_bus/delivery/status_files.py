@@ -42,13 +42,13 @@ def write_status(disk: Disk, directory: str, name: str, status: DeliveryStatus) 
 def write_status_if_idle(disk: Disk, directory: str, name: str, status: DeliveryStatus) -> None:
     """Write the final state of a courier that has ended, unless another courier delivers now.
 
-    Failure counts and unconfirmed events are kept from the existing file.
+    Failure counts and unconfirmed events are copied from the existing file.
 
     Raises:
         OSError: The file cannot be written.
     """
     if not is_delivering(disk, directory, name):
-        previous = carried_over(read_status(disk, directory, name))
+        previous = status_for_next_courier(read_status(disk, directory, name))
         write_status(
             disk,
             directory,
@@ -65,7 +65,7 @@ def write_status_if_idle(disk: Disk, directory: str, name: str, status: Delivery
         )
 
 
-def carried_over(status: DeliveryStatus | None) -> DeliveryStatus:
+def status_for_next_courier(status: DeliveryStatus | None) -> DeliveryStatus:
     """The part of a state that is still valid for the next courier: failure counts and unconfirmed events."""
     if status is None:
         return DeliveryStatus()

@@ -12,9 +12,9 @@ import msgspec
 
 from evsys_bus.delivery.status_files import (
     CourierLock,
-    carried_over,
     is_delivering,
     read_status,
+    status_for_next_courier,
     status_path,
     write_status,
     write_status_if_idle,
@@ -146,7 +146,7 @@ def deregister(directory: str, active_names: Collection[str], rank: int, disk: D
 
 
 def forget(directory: str, name: str, disk: Disk | None = None) -> None:
-    """Delete the spec, cursor and state of an adapter; its dead letters are kept.
+    """Delete the spec, cursor and state of an adapter; its dead letters remain.
 
     Retention no longer waits for it. If it is followed again, it starts with the oldest event in the journal.
 
@@ -225,7 +225,7 @@ def _ensure_cursor(directory: str, name: str, disk: Disk) -> None:
     try:
         if not _exists(disk, layout.cursor_path(directory, name)):
             CursorStore(directory, disk).save(name, Cursor())
-        carried = carried_over(read_status(disk, directory, name))
+        carried = status_for_next_courier(read_status(disk, directory, name))
         if carried != DeliveryStatus():
             write_status(disk, directory, name, carried)
         else:

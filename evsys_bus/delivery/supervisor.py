@@ -303,7 +303,7 @@ class Supervisor:
                 return
             if quick_exits >= MAX_QUICK_EXITS:
                 self._has_given_up = True
-                fix = f"read the log; what is pending goes out with: evsys-bus sync {self._config.directory}"
+                fix = f"read the log; deliver what is pending with: evsys-bus sync {self._config.directory}"
                 log().warning("couriers.given_up", **facts, deaths=quick_exits, adapters=self._adapter_names(), fix=fix)
                 self._write_failed_status(code, quick_exits)
                 return

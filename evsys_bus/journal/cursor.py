@@ -27,6 +27,8 @@ class Cursor(msgspec.Struct, omit_defaults=True):
     streams: dict[str, Position] = {}
     steps: dict[str, int] = {}
     """The largest step that was delivered, by run, for the runs that are open at this position."""
+    rows: dict[str, int] = {}
+    """The sequence of the oldest part of a row that is not complete at this position, by stream."""
     mark: Any = None
     """What the adapter's ``mark()`` returned at this position: plain data."""
     kind: str = ""

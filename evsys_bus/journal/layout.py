@@ -6,6 +6,8 @@ journal/
                                     a stream of rank 0, the seventh of that rank; one or more writers in succession
   c0-000001-20260131T120001-77d0e4b9/
                                     a stream of couriers: what was published about delivery
+  s0-000001-20260131T120002-0c4be1a7/
+                                    a stream of measurements: what a thread beside the loop has sampled
     000001-1.seg                    its first segment, whose first event has sequence 1
     000002-80412.seg                its second segment
     lock                            locked by the current writer, and names it
@@ -43,10 +45,13 @@ RESERVE: Final = "reserve"
 
 FORMAT_VERSION: Final = 1
 
-Family = Literal["r", "c"]
-"""Who writes the stream: a publishing process ("r") or a courier ("c")."""
+Family = Literal["r", "c", "s"]
+"""Who writes the stream: a publishing process ("r"), a courier ("c") or a sampler beside the loop ("s")."""
 
-_STREAM_NAME: Final = re.compile(r"([rc])([0-9]+)(?:-([0-9]{6,}))?-[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+DELIVERED_FAMILIES: Final[tuple[Family, ...]] = ("r", "s")
+"""The streams that adapters are given."""
+
+_STREAM_NAME: Final = re.compile(r"([rcs])([0-9]+)(?:-([0-9]{6,}))?-[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
 """The name of a stream: family, rank, counter, start time (UTC), eight random digits. 0.1.0 wrote no counter."""
 _MAX_TIMESTAMP: Final = 253402300799.0
 """The end of the year 9999."""
@@ -191,6 +196,11 @@ def list_streams(disk: Disk, directory: str, rank: int | None = None, family: Fa
         if (family is None or family == each[1]) and (rank is None or rank == int(each[2]))
     )
     return [stream for _, stream in sorted(selected)]
+
+
+def list_delivered_streams(disk: Disk, directory: str) -> list[str]:
+    """List the streams that adapters are given, those of publishing processes first."""
+    return [each for family in DELIVERED_FAMILIES for each in list_streams(disk, directory, family=family)]
 
 
 def list_segments(disk: Disk, folder: str) -> list[SegmentName]:

@@ -59,10 +59,12 @@ class Maintenance:
         self._thread.join(timeout_seconds)
         return self._is_finished and not self.sync_failures
 
-    def abandon(self) -> None:
-        """Request the end of the thread without waiting, because the writer was dropped and not closed."""
+    def abandon(self, timeout_seconds: float = 0.0) -> None:
+        """Request the end of the thread because the writer was dropped and not closed; wait for it only this long."""
         self._is_abandoned = True
         self._stop_gate.open()
+        if self._thread is not None and timeout_seconds:
+            self._thread.join(timeout_seconds)
 
     def paused(self) -> AbstractContextManager[object]:
         """Let no round run inside the block, so that the error of a sync is seen there and not in a round."""

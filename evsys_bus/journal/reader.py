@@ -22,12 +22,12 @@ from evsys_bus.journal.frame import CorruptRange, Frame, FrameRun, IncompleteTai
 from evsys_bus.journal.layout import Family, SegmentName
 
 _CHUNK_BYTES: Final = 1 << 20
-MAX_KEPT_FILES: Final = 1024
+MAX_OPEN_FILES: Final = 1024
 """How many segments the readers of this process keep open between two polls, at most; a quarter of what the process may
 open if that is less. Others are opened for each read."""
 
 
-class _KeptFiles:
+class _OpenFileLimit:
     """Counts the segments that the readers of this process keep open."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class _KeptFiles:
         """Count one more, unless they are as many as may be."""
         soft_limit = os.sysconf("SC_OPEN_MAX")  # -1 if unlimited; no import, which could fail while a program runs
         with self._lock:
-            if self._count >= (min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES):
+            if self._count >= (min(MAX_OPEN_FILES, soft_limit // 4) if soft_limit > 0 else MAX_OPEN_FILES):
                 return False
             self._count += 1
             return True
@@ -49,7 +49,7 @@ class _KeptFiles:
             self._count -= 1
 
 
-_kept_files: Final = _KeptFiles()
+_open_files: Final = _OpenFileLimit()
 
 
 class Record(NamedTuple):
@@ -79,6 +79,10 @@ class JournalReader:
     def streams(self, family: Family = "r") -> list[str]:
         """List the streams in order; none where there is no journal."""
         return layout.list_streams(self._disk, self.directory, family=family)
+
+    def delivered_streams(self) -> list[str]:
+        """List the streams that adapters are given, those of publishing processes first."""
+        return layout.list_delivered_streams(self._disk, self.directory)
 
     @property
     def id(self) -> str:
@@ -186,10 +190,10 @@ class SegmentScan:
         return self._disk.size(self.path) > self.offset
 
     def close(self) -> None:
-        """Close the file if it was kept open. The next read opens it again."""
+        """Close the file if it is open. The next read opens it again."""
         file, self._file = self._file, None
         if file is not None:
-            _kept_files.release()
+            _open_files.release()
             with suppress(OSError):  # nothing was written to it
                 self._disk.close(file)
 
@@ -199,13 +203,13 @@ class SegmentScan:
     def _read(self, size: int) -> bytes:
         file = self._file
         if file is None:
-            if not self._keep_open or not _kept_files.acquire():
+            if not self._keep_open or not _open_files.acquire():
                 return self._disk.read(self.path, self.offset, size)
             try:
                 self._file = file = self._disk.open_read(self.path)
             finally:
                 if self._file is None:
-                    _kept_files.release()
+                    _open_files.release()
         try:
             return read_fully(self._disk, file, size, self.offset)
         except OSError:
@@ -364,7 +368,7 @@ class TailReader:
             self._open_segment(next_segment)
 
     def close(self) -> None:
-        """Close the segment if it was kept open. The next poll opens it again."""
+        """Close the segment if it is open. The next poll opens it again."""
         if self._scan is not None:
             self._scan.close()
 
@@ -503,14 +507,19 @@ def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Recor
                 yield Record(each.sequence, bytes(each.payload))
 
 
-def read_frames_newest_first(disk: Disk, path: str) -> Iterator[Frame]:
+def read_frames_newest_first(disk: Disk, path: str, window_bytes: int = _CHUNK_BYTES) -> Iterator[Frame]:
     """Yield the intact frames of one segment, newest first, of all kinds.
+
+    Args:
+        disk: The file system.
+        path: The segment.
+        window_bytes: How much is read at a time: less is faster where only a few frames are needed.
 
     Raises:
         JournalVersionError: A newer version of evsys-bus wrote it.
     """
     next(SegmentScan(disk, path).frames(), None)  # checks the format version
-    end, window = disk.size(path), _CHUNK_BYTES
+    end, window = disk.size(path), window_bytes
     while end > 0:
         start = max(0, end - window)
         # The window may begin in the middle of a frame, which the scan treats as damage and skips.
@@ -519,7 +528,7 @@ def read_frames_newest_first(disk: Disk, path: str) -> Iterator[Frame]:
         if start == 0:
             return
         if frames:
-            end, window = start + frames[0].end - len(frames[0].payload) - frame.FRAME_HEADER_BYTES, _CHUNK_BYTES
+            end, window = start + frames[0].end - len(frames[0].payload) - frame.FRAME_HEADER_BYTES, window_bytes
         else:
             window *= 2  # a record, or a damaged range, is larger than the window
 
@@ -584,7 +593,8 @@ def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Journ
     """Read a whole journal. A segment of a newer format counts as unreadable."""
     reader = JournalReader(directory, disk)
     file_system: Disk = OsDisk() if disk is None else disk
-    return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in reader.streams()])
+    streams = reader.delivered_streams()
+    return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in streams])
 
 
 def _verify_stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:

@@ -233,7 +233,11 @@ class RetentionManager:
                     raise
                 break  # report what was removed; the next round raises the error
             removed.append(each)
-            self._count_removed(stream, each)
+            for counts in (self.removed, self._unlogged_counts.setdefault(stream, RemovedCounts())):
+                counts.segments += 1
+                counts.events += each.last_sequence - each.name.first_sequence + 1
+                counts.bytes += each.size
+                counts.up_to = each.last_sequence
         if removed:
             with suppress(OSError):  # without it a power cut may restore some segments, which costs only space
                 self._disk.sync_path(f"{self._directory}/{stream}")
@@ -288,13 +292,6 @@ class RetentionManager:
                 }
                 why = "it was removed from the config before these events were delivered to it"
                 log().warning("journal.kept_for_left_follower", **facts, why=why, fix=fix)
-
-    def _count_removed(self, stream: str, segment: _FinishedSegment) -> None:
-        for counts in (self.removed, self._unlogged_counts.setdefault(stream, RemovedCounts())):
-            counts.segments += 1
-            counts.events += segment.last_sequence - segment.name.first_sequence + 1
-            counts.bytes += segment.size
-            counts.up_to = segment.last_sequence
 
 
 class _MinPositions:

@@ -1,7 +1,7 @@
 """A segment that is being written. It is created with its first record, and every record is appended by a single write.
 
 A segment is never shortened, except to remove a partial record after a failed write. `WrittenSegments` counts the
-events in segments that somebody removed.
+events in segments that were removed by hand.
 """
 
 from collections.abc import Collection

@@ -58,7 +58,11 @@ class Backlog:
     def trim(self) -> None:
         """Drop records until the limits hold: oldest first, those with `essential` last, never the newest one."""
         while len(self._pending) > 1 and (len(self._pending) > self._max_records or self.bytes > self._max_bytes):
-            self._drop(self._index_to_drop())
+            newest = len(self._pending) - 1
+            index = next((n for n, each in enumerate(self._pending) if not each.essential and n < newest), 0)
+            self.bytes -= len(self._pending[index].data)
+            del self._pending[index]
+            self.lost += 1
 
     def peek(self) -> PendingRecord | None:
         """The oldest record, or None. It stays in the queue."""
@@ -84,15 +88,6 @@ class Backlog:
         self.lost += len(self._pending) - len(retained)
         self._pending = deque(each for each in self._pending if each.sequence in retained)
         self.bytes = sum(len(each.data) for each in self._pending)
-
-    def _index_to_drop(self) -> int:
-        newest = len(self._pending) - 1
-        return next((index for index, each in enumerate(self._pending) if not each.essential and index < newest), 0)
-
-    def _drop(self, index: int) -> None:
-        self.bytes -= len(self._pending[index].data)
-        del self._pending[index]
-        self.lost += 1
 
 
 class DiskReserve:

@@ -41,9 +41,9 @@ class JournalWriter:
     Args:
         directory: The journal. It is created if it is missing, accessible to its owner only.
         rank: The rank of the process. A stream is continued only by writers of the same rank.
-        stream: The name of the stream to write, for a mirror of another journal, whoever wrote it before; by default
-            the newest one of the rank, or a new one. `append_batch` then records what the other journal has.
-        family: Who writes the stream: a publishing process ("r") or a courier ("c").
+        stream: The name of the stream to write, also of another process: for a mirror of another journal, whose
+            events `append_batch` records. By default the newest stream of the rank, or a new one.
+        family: Who writes the stream: a publishing process ("r"), a courier ("c") or a sampler ("s").
         flush: What a power cut may lose: with ``always`` nothing that was appended, with ``interval`` the events of
             the last ``flush_seconds``, with ``never`` what the system has not written by itself. The end of the
             process loses nothing in any case.
@@ -331,6 +331,14 @@ class JournalWriter:
             return False
         is_finished = self._maintenance.stop(max(min_sync_seconds, deadline - slow_writer.clock.monotonic()))
         return is_finished and not self.unrecorded and not self.lost
+
+    def abandon(self, timeout_seconds: float = 0.0) -> None:
+        """Stop without writing or syncing anything more, as a kill of the process would; for simulations of one.
+
+        Args:
+            timeout_seconds: How long to wait for the maintenance thread, which releases the stream at its end.
+        """
+        self._maintenance.abandon(timeout_seconds)
 
     @property
     def directory(self) -> str:

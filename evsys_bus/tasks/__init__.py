@@ -17,6 +17,7 @@ from evsys_bus.tasks.calls import (
 )
 from evsys_bus.tasks.loops import (
     STOP_SECONDS,
+    LoopStopped,
     LoopThread,
     count_unfinished_calls,
     other_tasks,
@@ -48,6 +49,7 @@ __all__ = [
     "Gate",
     "HookTaskAdopter",
     "Job",
+    "LoopStopped",
     "LoopThread",
     "Outcome",
     "Receipt",

@@ -68,25 +68,41 @@ def other_tasks() -> "list[asyncio.Task[Any]]":
     return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
 
+class LoopStopped(Exception):  # noqa: N818 - control flow, not an error
+    """A loop is needed after `LoopThread.stop`."""
+
+
 class LoopThread:
     """An event loop on a daemon thread, started when it is first needed; uses uvloop where it is installed."""
 
     def __init__(self) -> None:
+        self._is_stopped = False
         self._lock = threading.RLock()  # reentrant: a signal handler may spawn while it is held
         self._runner: _LoopRunner | None = None
         self._runners: list[_LoopRunner] = []  # more than one if an interrupt or a signal handler came in between
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop; starts it on the first call."""
+        """The running loop; starts it on the first call.
+
+        Raises:
+            LoopStopped: `stop` was called. A thread that is started after that would never end.
+        """
         runner = self._runner
         if runner is not None:
             return runner.loop
         with self._lock:
+            if self._is_stopped:
+                raise LoopStopped
             return (self._runner or self._start_runner()).loop
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Run a coroutine as a task of the loop, from any other thread; starts the loop if needed."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop())
+        """Run a coroutine as a task of the loop, from any other thread; starts the loop if needed.
+
+        The loop and its thread end with it, so that no thread is left if the caller does not wait for its end.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self.loop())
+        future.add_done_callback(lambda _: self.request_stop())
+        return future
 
     def _start_runner(self) -> "_LoopRunner":
         new = _LoopRunner()
@@ -113,24 +129,25 @@ class LoopThread:
         timeout: float = STOP_SECONDS,
         before_stop: Callable[[float], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        """End the loop and its thread, waiting at most ``timeout`` seconds.
+        """End the loop and its thread for good, waiting at most ``timeout`` seconds. May be called again.
 
         Args:
             timeout: Seconds.
             before_stop: A coroutine function that the loop runs last; called with the seconds that it may take.
         """
-        with self._lock:
-            runner, self._runner = self._runner, None
         deadline = monotonic() + timeout
         try:
+            self._is_stopped = True
+            with self._lock:
+                runner, self._runner = self._runner, None
             if runner is not None and before_stop is not None and timeout:
                 with contextlib.suppress(TimeoutError):
                     run_on_loop(runner.loop, before_stop(timeout), timeout)
         finally:
-            while self._runners:
-                each = self._runners.pop()
-                each.request_stop()
+            self.request_stop()
+            for each in tuple(self._runners):
                 each.join(max(0.0, deadline - monotonic()))
+            self._runners.clear()  # last: after an interrupt, the next call finds them again
 
 
 class _LoopRunner:

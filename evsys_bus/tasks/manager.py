@@ -19,7 +19,7 @@ from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import SpawnError
 from evsys_bus.tasks.adoption import task_name
-from evsys_bus.tasks.loops import call_soon, running_loop
+from evsys_bus.tasks.loops import LoopStopped, call_soon, running_loop
 from evsys_bus.tasks.receipt import DrainFuture, Receipt, TaskCounts
 
 
@@ -240,10 +240,11 @@ class TaskManager:
         with self._lock:
             if not self._has_unfinished(stalled_loop):  # the usual case, which needs neither a loop nor a thread
                 self._is_closed = self._is_closed or close
-                drain_future = DrainFuture()
-                drain_future.set_result(self._make_receipt(0.0))
-                return drain_future
-        loop = self._loop()
+                return self._finished_drain()
+        try:
+            loop = self._loop()
+        except LoopStopped:  # the tasks that are left were abandoned
+            return self._finished_drain()
         drain_future = DrainFuture(loop)
 
         def start_drain() -> None:
@@ -261,6 +262,11 @@ class TaskManager:
             start_drain()
         else:
             loop.call_soon_threadsafe(start_drain)
+        return drain_future
+
+    def _finished_drain(self) -> DrainFuture:
+        drain_future = DrainFuture()
+        drain_future.set_result(self._make_receipt(0.0))
         return drain_future
 
     def close_now(self) -> Receipt:
@@ -321,14 +327,17 @@ class TaskManager:
 
     def _schedule_ready(self) -> None:
         """Start the ready jobs on the loop's thread."""
-        loop = self._loop()
+        try:
+            loop = self._loop()
+        except LoopStopped:
+            return  # the jobs were dropped when the manager was closed
         if running_loop() is loop:
             self._start_ready()
         else:
             call_soon(loop, self._start_ready)
 
     def _start_ready(self) -> None:
-        loop = self._loop()
+        loop = asyncio.get_running_loop()  # `self._loop` raises once a thread's loop was asked to stop
         with self._lock:
             while len(self._running) < self._max_running:
                 try:
@@ -344,7 +353,7 @@ class TaskManager:
         if self._background_cancelled:
             self._counts_of(job.owner).completed += 1
             return
-        task = self._loop().create_task(job.run(), name=str(job), context=job.context)
+        task = asyncio.get_running_loop().create_task(job.run(), name=str(job), context=job.context)
         self._background[task] = job
         task.add_done_callback(self._on_task_done)
 

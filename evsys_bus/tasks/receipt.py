@@ -2,9 +2,10 @@
 
 import asyncio
 import concurrent.futures
+import html
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, Literal, Protocol
 
@@ -13,6 +14,7 @@ import msgspec
 
 from evsys_bus.deprecated import Renamed
 from evsys_bus.errors import BusError
+from evsys_bus.printable import printable
 from evsys_bus.tasks.loops import call_soon, running_loop
 
 _CHECK_SECONDS: Final = 0.5
@@ -101,6 +103,11 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         return None if self.state in {None, "delivering", "idle", "waiting", "other_rank"} else self.error
 
     @property
+    def suggested_fix(self) -> str | None:
+        """What to do about `last_error`: what confirms the unconfirmed events comes first."""
+        return self.owed_fix or self.fix
+
+    @property
     def is_known(self) -> bool:
         """Whether the counts are valid; False if the files could not be read."""
         return self.state != "unknown"
@@ -108,12 +115,36 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
     @property
     def complete(self) -> bool:
         """Whether every event was delivered and confirmed and nothing failed; False where that is unknown."""
-        failures = self.hook_failures or self.task_failures
-        return self.is_known and not (self.pending or self.dead or self.owed or failures)
+        return self.is_known and not (self.pending or self.dead or self.owed or self.failures)
+
+    @property
+    def failures(self) -> int:
+        """Hooks and tasks of a followed callback that failed."""
+        return self.hook_failures + self.task_failures
+
+    @property
+    def problem(self) -> str | None:
+        """On one line: the error, or else the newest failure, and what to do; None if everything is complete."""
+        if self.complete and self.last_error is None:
+            return None
+        why = self.last_error or (self.error if not self.is_known else None) or self.last_failure
+        fix = self.owed_fix or self.fix
+        parts = [why or "", f"fix: {fix}" if fix else ""]
+        return "   ".join(" ".join(part.split()) for part in parts if part) or None
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """The result of a drain."""
+    """The result of a drain; ``print`` shows it on a few lines, and a notebook as a table.
+
+    Example:
+        >>> receipt = Receipt(TaskCounts(spawned=1, completed=1), {}, deliveries=(DeliveryStatus("csv", delivered=3),))
+        >>> receipt
+        <Receipt: everything was delivered>
+        >>> print(receipt)
+        everything was delivered
+        csv   3 delivered
+        tasks   1 completed
+    """
 
     tasks: TaskCounts
     """Counts of all tasks."""
@@ -128,7 +159,7 @@ class Receipt(msgspec.Struct, frozen=True):
     unrecorded: int = 0
     """Events that could not be written to the journal and are lost when the process ends."""
     dropped: int = 0
-    """Events whose `publish` returned but that reached no hook and are not in the journal; the log says why."""
+    """Events whose `publish` returned but that reached no hook and are not in the journal; the reason is in the log."""
     without_hooks: int = 0
     """Events that are in the journal but reached no hook: a hook on another thread blocked the bus until the end."""
     journal: str | None = None
@@ -143,6 +174,93 @@ class Receipt(msgspec.Struct, frozen=True):
     left: ClassVar[Renamed] = Renamed("unfinished")
     refused: ClassVar[Renamed] = Renamed("dropped")
     finish: ClassVar[Renamed] = Renamed("resume_command")
+
+    def __repr__(self) -> str:
+        """Show the totals of all adapters and the command that delivers the rest."""
+        command = f"; {printable(self.resume_command)}" if self.resume_command else ""
+        return f"<{type(self).__name__}: {self._summary()}{command}>"
+
+    def __str__(self) -> str:
+        """Show what was delivered to each adapter, what was lost, the tasks, and the command that delivers the rest."""
+        width = max((len(name) for name, _, _ in self._delivery_rows()), default=0)
+        lines = [self._summary()]
+        for name, counts, problem in self._delivery_rows():
+            shown = ", ".join(f"{count:,} {word}" for word, count in counts.items() if count or word == "delivered")
+            lines.append("   ".join([f"{name:<{width}}", shown or "not known", *([problem] if problem else [])]))
+        lines += [f"{name}   {text}" for name, text in self._facts()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the same as a table; its colours are those of the page."""
+        cell = "padding: 0.1em 0.8em; text-align: {}; border-bottom: 1px solid currentColor"
+        rows = [["adapter", *_COUNTS, ""]]
+        for name, counts, problem in self._delivery_rows():
+            rows.append([name, *(f"{counts[word]:,}" if word in counts else "-" for word in _COUNTS), problem or ""])
+        lines = [
+            "<tr>"
+            + "".join(
+                f'<{tag} style="{cell.format("left" if column in {0, len(row) - 1} else "right")}">'
+                f"{html.escape(text)}</{tag}>"
+                for column, text in enumerate(row)
+            )
+            + "</tr>"
+            for number, row in enumerate(rows)
+            for tag in ["td" if number else "th"]
+        ]
+        table = f'<table style="border-collapse: collapse">{"".join(lines)}</table>' if self.deliveries else ""
+        facts = "".join(
+            f"<div>{name}: <code>{html.escape(text)}</code></div>"
+            if name == "resume"
+            else f"<div>{name}: {html.escape(text)}</div>"
+            for name, text in self._facts()
+        )
+        return f"<div><b>{html.escape(self._summary())}</b></div>{table}{facts}"
+
+    def _summary(self) -> str:
+        """Return the totals of all adapters, without those that are 0."""
+        known = [each for each in self.deliveries if each.is_known]
+        totals = {word: sum(count(each) for each in known) for word, count in _COUNTS.items() if word != "delivered"}
+        parts = [f"{count:,} {word}" for word, count in totals.items() if count]
+        lost = self.unrecorded + self.dropped
+        parts += [f"{lost:,} lost"] if lost else []
+        unknown = len(self.deliveries) - len(known)
+        parts += [f"{unknown} of {len(self.deliveries)} adapters not known"] if unknown else []
+        if parts:
+            return ", ".join(parts)
+        return "everything was delivered" if self.deliveries else "no followed adapters"
+
+    def _delivery_rows(self) -> list[tuple[str, dict[str, int], str | None]]:
+        """Return for each adapter its name, its counts by word, none if they are not known, and its problem."""
+        return [
+            (
+                " ".join(printable(each.name).split()),
+                {word: count(each) for word, count in _COUNTS.items()} if each.is_known else {},
+                None if each.problem is None else printable(each.problem),
+            )
+            for each in self.deliveries
+        ]
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what was lost, the tasks, and the command that delivers the rest."""
+        lost = ((self.unrecorded, "not written to the journal"), (self.dropped, "reached no hook and no journal"))
+        tasks = [f"{count:,} {word}" for word in _TASK_COUNTS if (count := getattr(self.tasks, word))]
+        tasks += [f"unfinished: {printable(', '.join(self.unfinished))}"] if self.unfinished else []
+        return [
+            *(("lost", f"{count:,} {what}") for count, what in lost if count),
+            *([("tasks", ", ".join(tasks))] if tasks else []),
+            *([("resume", printable(self.resume_command))] if self.resume_command else []),
+        ]
+
+
+_COUNTS: Final[Mapping[str, Callable[[DeliveryStatus], int]]] = {
+    "delivered": lambda status: status.delivered,
+    "pending": lambda status: status.pending,
+    "owed": lambda status: status.owed,
+    "dead": lambda status: status.dead,
+    "failed": lambda status: status.failures,
+}
+"""The counts of a delivery that are shown, by their words."""
+_TASK_COUNTS: Final = ("completed", "failed", "cancelled", "refused")
 
 
 class DrainFuture(concurrent.futures.Future[Receipt]):

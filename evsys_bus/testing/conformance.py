@@ -134,7 +134,12 @@ def _check_adapter(make: AdapterFactory, contents: Contents, delivery: AdapterFa
         SinkConformance(make, failures).run()
     elif adapter is not None:
         CallbackConformance(make, contents, failures).run(follow=follow and not getattr(adapter, "delivery", None))
-        _check_delivery_half(adapter, delivery, failures)
+        delivery_class: type | None = getattr(adapter, "delivery", None)
+        if delivery is not None:
+            SinkConformance(delivery, failures, "its delivery half: ").run()
+        elif delivery_class is not None:
+            fix = f"conformance(make, delivery=lambda folder: {delivery_class.__name__}(...))"
+            failures.add(f"its delivery half is tried as well; give a function that makes it: {fix}")
     sentences = failures.sentences()
     if sentences:
         name = "the adapter" if adapter is None else type(adapter).__name__
@@ -153,12 +158,3 @@ def _check_construction(make: AdapterFactory, failures: Failures) -> Callback | 
         if threading.active_count() > threads:
             failures.add("it starts no thread when it is constructed; there was one more")
     return adapters[0]
-
-
-def _check_delivery_half(adapter: Callback, delivery: AdapterFactory | None, failures: Failures) -> None:
-    delivery_class: type | None = getattr(adapter, "delivery", None)
-    if delivery is not None:
-        SinkConformance(delivery, failures, "its delivery half: ").run()
-    elif delivery_class is not None:
-        fix = f"conformance(make, delivery=lambda folder: {delivery_class.__name__}(...))"
-        failures.add(f"its delivery half is tried as well; say how it is made: {fix}")

@@ -149,14 +149,14 @@ class SimulatedDisk:
         return self._files[path].data
 
     def put(self, path: str, data: bytes) -> None:
-        """Create or overwrite a durable file, including its folder."""
+        """Create a file with its directory, or overwrite one in place; durable at once."""
         self._directories.update(_parents(path))
-        file = self._files[path] = self._durable[path] = _File()
-        file.data, file.durable = bytearray(data), data
+        file = self._files[path] = self._durable[path] = self._files.get(path) or _File()
+        file.data[:], file.durable = data, data
 
     def take_away(self, path: str) -> None:
-        """Remove a directory with everything in it."""
-        for each in [name for name in self._files if name.startswith(f"{path}/")]:
+        """Remove a file, or a directory with everything in it; durable at once."""
+        for each in [name for name in self._files if _is_below(name, {path})]:
             del self._files[each]
             self._durable.pop(each, None)
         self._directories = {each for each in self._directories if not _is_below(each, {path})}

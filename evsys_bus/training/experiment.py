@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from evsys_bus.bus import EventBus
+from evsys_bus.bus import EventBus, Health
 from evsys_bus.codec.redact import Redaction
 from evsys_bus.config.build import build_callbacks
 from evsys_bus.config.experiment import ExperimentConfig, import_module, load_recipe, read_experiment
@@ -25,12 +25,12 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import Location, TrainingError
 from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.location import local_path
-from evsys_bus.tasks import run_to_completion
+from evsys_bus.run_files import journal_directory, lock_folder
+from evsys_bus.tasks import Receipt, run_to_completion
 from evsys_bus.training.experiment_store import ExperimentStore
 from evsys_bus.training.loop import EXIT
 from evsys_bus.training.plan import RecipeFunction, RunPlan, run_sequences, safe_folder_name
 from evsys_bus.training.run_executor import RunExecutor, final_state_path, id_text, skipped_result
-from evsys_bus.training.run_files import journal_directory, lock_folder
 from evsys_bus.training.summary import conclude, summarise
 
 
@@ -94,7 +94,8 @@ class Experiment:
                 hooks, journal=journal_directory(self.output_dir), redact=self.config.redact, reveal=self.config.reveal
             )
         else:
-            self._bus = nullcontext(bus)
+            self._bus = bus
+        self._is_own_bus = bus is None
         self.ctx = LogContext(output_dir=self.output_dir, config=self.config)
         self.resume = resume
         self._results: dict[str, ArmResult] = {}
@@ -110,6 +111,15 @@ class Experiment:
     def plans(self) -> list[RunPlan]:
         """All runs, in the order in which they start."""
         return [plan for sequence in self._sequences for plan in sequence]
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt of the experiment's bus; None until that bus has closed."""
+        return self._bus.receipt
+
+    def health(self) -> Health:
+        """Return the current counts of the experiment's bus; callable from any thread."""
+        return self._bus.health()
 
     async def run(self) -> ExperimentResult:
         """Run the experiment; can be called once.
@@ -137,7 +147,7 @@ class Experiment:
                 hypothesis=hypothesis,
                 redaction=redaction,
             )
-            async with self._bus as bus:
+            async with self._bus if self._is_own_bus else nullcontext(self._bus) as bus:
                 return await run_to_completion(self._run(bus, store, hypothesis), on_cancel=self._stop)
 
     async def _run(self, bus: EventBus, store: ExperimentStore, hypothesis: str | None) -> ExperimentResult:

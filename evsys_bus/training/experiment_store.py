@@ -17,8 +17,8 @@ from evsys_bus.context import ArmResult, ExperimentResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
 from evsys_bus.files import DECODE_ERRORS, list_folder, load_file, read_file, replace_file
+from evsys_bus.run_files import ERROR_FILE, unwritable_error
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import ERROR_FILE, unwritable_error
 
 HORIZON_PARAMS: Final = ("steps", "num_steps")
 """Parameters that may be raised on a resume; the run is then trained longer."""

@@ -22,17 +22,13 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.bus import EventBus
+from evsys_bus.bus import EventBus, Health
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 from evsys_bus.location import local_path
-from evsys_bus.tasks import run_to_completion
-from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
-from evsys_bus.training.run_files import (
-    FINAL,
-    Checkpoints,
+from evsys_bus.run_files import (
     RowFile,
     journal_directory,
     lock_folder,
@@ -40,9 +36,9 @@ from evsys_bus.training.run_files import (
     unwritable_error,
     write_error_file,
 )
-
-"""Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
-
+from evsys_bus.tasks import Receipt, run_to_completion
+from evsys_bus.training.checkpoints import FINAL, Checkpoints
+from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
 
 _CANCELLED: Final = "cancelled"
 _TRAIN_ON_FIX: Final = (
@@ -124,7 +120,8 @@ class TrainingLoop:
         """Metrics of the last step, including those that hooks added."""
         self.artifacts: LoopArtifacts | None = None
         """What the loop produced, also if it raised; None until it has ended."""
-        self._bus = used_bus if bus is None else nullcontext(bus)
+        self._bus = used_bus
+        self._is_own_bus = bus is None
         self._faults = FaultLog()
         self._done = 0  # number of steps done, and so the index of the next one
         self._started_at = 0.0
@@ -143,8 +140,17 @@ class TrainingLoop:
             raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
         with lock_folder(self.state.output_dir, "the run's directory"):
             self._open_run_dir()
-            async with self._bus as bus:
+            async with self._bus if self._is_own_bus else nullcontext(self._bus) as bus:
                 return await run_to_completion(self._train(bus), on_cancel=self._cancel)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt of the loop's bus; None until that bus has closed."""
+        return self._bus.receipt
+
+    def health(self) -> Health:
+        """Return the current counts of the loop's bus; callable from any thread."""
+        return self._bus.health()
 
     def _cancel(self) -> None:
         if not self.state.stop_requested:  # else the run ends after this step anyway, with its own reason

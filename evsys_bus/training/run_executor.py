@@ -29,10 +29,11 @@ from evsys_bus.context import ArmResult, EvalResult, LogContext, RunResult, Stat
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import BenchmarkEval, RunEnd, RunStart
+from evsys_bus.run_files import write_error_file
+from evsys_bus.training.checkpoints import FINAL
 from evsys_bus.training.loop import EXIT, TrainingLoop, should_propagate
 from evsys_bus.training.plan import RunComponents, RunPlan
 from evsys_bus.training.protocols import Benchmark, Scorer
-from evsys_bus.training.run_files import FINAL, write_error_file
 
 CLOSE_SECONDS: Final = 10.0
 """Time limit of ``RunComponents.close``."""

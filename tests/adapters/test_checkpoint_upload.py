@@ -16,7 +16,7 @@ from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component, safe_relative_path
 from evsys_adapters.checkpoints.spool import Spool
-from evsys_adapters.checkpoints.store_urls import StorePool, url_for
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool, url_for
 from evsys_bus import (
     Checkpoint,
     Envelope,
@@ -33,6 +33,8 @@ from evsys_bus.config import Registry, build_callbacks
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, WrongParamError
 from evsys_bus.testing import conformance
 from support.journals import read_events
+
+pytestmark = pytest.mark.long_on_uvloop  # the order of requests is the store's, not the loop's
 
 
 class Courier:
@@ -92,7 +94,7 @@ class Upload:
             await self.courier.sink.close()
 
     async def destination(self):
-        places = StorePool(self.inline.config.store_options)
+        places = StorePool(StoreOptions.of(self.inline.config))
         place = await places.get(self.url)
         return Destination(place.store, place.prefix, "low")
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evsys_adapters import _csv_table
 from evsys_adapters.csv_metrics import CsvMetricsCallback
+from evsys_adapters.output_files import csv_table
 from evsys_bus.callback import check_hooks, dispatch
 from evsys_bus.config import build_callbacks
 from evsys_bus.context import (
@@ -87,7 +87,7 @@ def test_a_new_column_at_every_step_of_a_large_file_is_copied_a_bounded_number_o
     for n in range(300):
         step(table, state, n, filler)
     rewrites, before = 0, out.stat().st_ino
-    assert out.stat().st_size > _csv_table.CHEAP_BYTES
+    assert out.stat().st_size > csv_table.CHEAP_BYTES
     for n in range(300, 600):
         step(table, state, n, filler | {f"late{n}": n})
         rewrites += out.stat().st_ino != before
@@ -288,7 +288,7 @@ def test_a_hundred_thousand_metrics_in_one_row_do_not_make_every_later_row_pay(t
 
 def test_the_column_of_metrics_without_a_column_goes_when_it_is_empty(tmp_path):
     path = tmp_path / "m.csv"
-    table = _csv_table.CsvTable(path, ";", cheap_bytes=0, max_copies=2)
+    table = csv_table.CsvTable(path, ";", cheap_bytes=0, max_copies=2)
     for n, names in enumerate(["a", "ab", "c", "d", *"a" * 20, "e"]):
         table.append(n, dict.fromkeys(names, str(n)))
         assert ("more_metrics" in read(path, ";")[0]) == (n >= 2)
@@ -320,7 +320,7 @@ def test_whatever_appears_when_the_table_holds_every_row_and_every_metric(
 
         def table():
             limits = {"max_columns": max_columns, "cheap_bytes": cheap_bytes, "max_copies": max_copies}
-            return _csv_table.CsvTable(path, delimiter, **limits)
+            return csv_table.CsvTable(path, delimiter, **limits)
 
         ours, model = table(), []
         for act in acts:

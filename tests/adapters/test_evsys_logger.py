@@ -252,7 +252,7 @@ async def test_an_experiment_arrives_whole_in_the_order_and_with_the_fields_of_e
     experiment = Experiment(CONFIG, recipe=recipe, callbacks=callbacks, output_dir=tmp_path / "rates")
     result = await experiment.run()
     assert (result.status, len(result.arms)) == ("completed", 6)
-    [delivery] = experiment._bus.receipt.deliveries
+    [delivery] = experiment.receipt.deliveries
     assert (delivery.complete, delivery.dead) == (True, 0), delivery
     envelopes = read_envelopes(tmp_path / "rates" / "journal")
     assert delivery.delivered == len(envelopes)
@@ -268,7 +268,7 @@ async def test_an_experiment_arrives_whole_in_the_order_and_with_the_fields_of_e
     assert others == [each for each in wanted if each[0] != "log_metrics"]
     assert len(server.connections) <= in_flight + 1
     if placement == "inline":
-        tasks = experiment._bus.receipt.tasks_by_owner["evsys_logger"]
+        tasks = experiment.receipt.tasks_by_owner["evsys_logger"]
         assert (tasks.spawned, tasks.completed) == (1, 1)
     # What later callbacks and the result read.
     ids = {each.event.ctx.ids["run_id"] for each in envelopes if isinstance(each.event, RunStart)}

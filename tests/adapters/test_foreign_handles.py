@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evsys_adapters import _runs
+from evsys_adapters.common.hook_arguments import is_run_of, num_steps_of, run_folder, run_id, run_name, step_of
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.debug_logger import DebugLoggerCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
@@ -107,7 +107,7 @@ def train(callback, state):
 @pytest.mark.parametrize("make", STATES.values(), ids=STATES)
 def test_every_small_adapter_takes_a_state_of_any_class(tmp_path, capsys, make):
     state = make(tmp_path)
-    run = tmp_path / ("17" if "17" in _runs.run_name(state) else "wide")
+    run = tmp_path / ("17" if "17" in run_name(state) else "wide")
     train(CsvMetricsCallback("{run_dir}/{run}.csv"), state)
     assert (run / f"{run.name}.csv").read_text() == "step,loss\n0,0.0\n1,0.5\n2,1.0\n"
     train(LocalLoggerCallback(print_every=0), state)
@@ -271,7 +271,7 @@ def test_a_whole_number_of_any_kind_is_a_step(tmp_path, capsys, given):
 )
 def test_what_is_no_whole_number_is_refused_in_words(given):
     with pytest.raises(TypeError, match="step_idx must be a whole number, not "):
-        _runs.step_of(given)
+        step_of(given)
 
 
 @pytest.mark.parametrize(
@@ -280,15 +280,15 @@ def test_what_is_no_whole_number_is_refused_in_words(given):
     ids=str,
 )
 def test_a_horizon_that_nobody_knows_is_none(unknown):
-    assert _runs.num_steps_of(SimpleNamespace(num_steps=unknown)) is None
-    assert _runs.num_steps_of(SimpleNamespace(num_steps=300.0)) == 300
+    assert num_steps_of(SimpleNamespace(num_steps=unknown)) is None
+    assert num_steps_of(SimpleNamespace(num_steps=300.0)) == 300
 
 
 def test_a_handle_belongs_to_the_same_run_by_its_state_and_by_its_context(tmp_path):
     for root in (tmp_path, str(tmp_path), f"{tmp_path}{os.sep}"):
         ctx = HostContext(root)
-        assert _runs.run_id(ctx) == _runs.run_id(HostState(0, "elsewhere", ctx)) == str(tmp_path / "wide")
-        assert _runs.is_run_of(_runs.run_id(ctx), SimpleNamespace(output_dir=root))
-        assert not _runs.is_run_of(_runs.run_id(ctx), SimpleNamespace(output_dir=f"{tmp_path}-2"))
-    assert _runs.run_folder(LogContext(tmp_path, run_key="wide")) == tmp_path / "wide"
-    assert _runs.run_folder(HostContext(Path(tmp_path))) == tmp_path / "wide"
+        assert run_id(ctx) == run_id(HostState(0, "elsewhere", ctx)) == str(tmp_path / "wide")
+        assert is_run_of(run_id(ctx), SimpleNamespace(output_dir=root))
+        assert not is_run_of(run_id(ctx), SimpleNamespace(output_dir=f"{tmp_path}-2"))
+    assert run_folder(LogContext(tmp_path, run_key="wide")) == tmp_path / "wide"
+    assert run_folder(HostContext(Path(tmp_path))) == tmp_path / "wide"

@@ -16,6 +16,8 @@ from evsys_bus import ManifestRow
 from evsys_bus.errors import ParkedError, RetryLaterError
 from tests.adapters.test_checkpoint_upload import Upload
 
+pytestmark = pytest.mark.long_on_uvloop  # the order of requests is the store's, not the loop's
+
 FIRST = "r0-000001-20260302T090000-aaaaaaaa"
 SECOND = "r0-000002-20260301T090000-bbbbbbbb"  # its clock is a day behind
 THIRD = "r0-000003-20250101T000000-cccccccc"
@@ -28,7 +30,7 @@ async def destination(request, tmp_path):
     else:
         name, reach = request.getfixturevalue("s3_bucket")
         places, url = (
-            StorePool(StoreOptions(reach["endpoint"], reach["region"], reach["path_style"])),
+            StorePool(StoreOptions(**{name: reach[name] for name in ("endpoint", "region", "path_style")})),
             f"s3://{name}/prefix",
         )
     place = await places.get(url)

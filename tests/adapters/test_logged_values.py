@@ -2,7 +2,7 @@
 
 import pytest
 
-from evsys_adapters._logged_values import prefixed
+from evsys_adapters.common.logged_values import prefixed
 
 
 @pytest.mark.parametrize(

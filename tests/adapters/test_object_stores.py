@@ -160,6 +160,7 @@ async def test_a_probe_leaves_nothing(store):
     assert await store.names("") == []
 
 
+@pytest.mark.long
 async def test_an_upload_that_is_cancelled_leaves_nothing_under_the_key_and_goes_on_later(store, ledger, tmp_path):
     path = tmp_path / "large"
     path.write_bytes(os.urandom(9 << 20))
@@ -201,6 +202,7 @@ async def test_a_fetch_that_ended_goes_on_where_it_was(store, ledger, file, tmp_
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.long
 async def test_what_is_left_of_a_fetch_and_is_wrong_is_fetched_again(store, ledger, file, tmp_path):
     stored = await store.put_file("k", file, ledger=ledger)
     path = tmp_path / "back" / "weights.pt"
@@ -214,6 +216,7 @@ async def test_what_is_left_of_a_fetch_and_is_wrong_is_fetched_again(store, ledg
     assert not list(path.parent.iterdir())
 
 
+@pytest.mark.long
 async def test_two_that_fetch_one_file_at_a_time_do_not_disturb_each_other(store, ledger, file, tmp_path):
     stored = await store.put_file("k", file, ledger=ledger)
     path = tmp_path / "back" / "weights.pt"
@@ -224,6 +227,7 @@ async def test_two_that_fetch_one_file_at_a_time_do_not_disturb_each_other(store
     assert [each.name for each in path.parent.iterdir()] == ["weights.pt"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["a directory", "a link"])
 async def test_what_is_in_the_way_of_a_copy_is_left_alone(store, ledger, file, tmp_path, what):
     stored = await store.put_file("k", file, ledger=ledger)
@@ -243,6 +247,7 @@ async def test_what_is_in_the_way_of_a_copy_is_left_alone(store, ledger, file, t
     assert way.is_symlink() or way.is_dir()
 
 
+@pytest.mark.long
 async def test_what_is_left_of_an_object_without_a_digest_is_not_trusted(store, ledger, file, tmp_path):
     stored = await store.put_file("k", file, ledger=ledger)
     path = tmp_path / "back" / "weights.pt"
@@ -283,6 +288,7 @@ async def test_a_piece_that_was_taken_in_part_is_in_the_copy_once(tmp_path):
     assert copy.as_stored("k") == Stored("k", len(whole), sha256(whole))
 
 
+@pytest.mark.long
 async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, ledger, tmp_path):
     for name in ("gone", "changed", "here"):
         path = tmp_path / name

@@ -134,6 +134,7 @@ async def test_a_checkpoint_that_is_no_file_is_a_dead_letter_and_the_next_one_ar
     assert found == {} or list(found.values()) == [b"weights"]
 
 
+@pytest.mark.long
 async def test_what_lies_within_more_folders_than_can_be_fetched_is_left_out_and_named(run):
     run.saved.mkdir()
     (run.saved / "model.pt").write_bytes(b"weights")
@@ -272,7 +273,7 @@ async def test_hard_links_sparse_files_and_names_that_differ_in_case_arrive(run,
     }
 
 
-@pytest.mark.parametrize("name", ["d", "folder"])
+@pytest.mark.parametrize("name", ["d", pytest.param("folder", marks=pytest.mark.long)])
 async def test_a_folder_nested_300_deep_arrives_with_its_names(run, name):
     deepest = run.saved.joinpath(*[name] * 300)
     deepest.mkdir(parents=True)
@@ -332,6 +333,7 @@ async def test_a_checkpoint_that_changed_is_a_dead_letter_and_the_next_one_arriv
     assert (await run.upload(str(run.folder / "next"), batch=19))[0] == {"model.pt": b"weights"}
 
 
+@pytest.mark.long
 async def test_directories_that_are_linked_to_each_other_arrive_in_a_bounded_number_of_copies(run):
     names = [f"d{number}" for number in range(6)]
     for name in names:

@@ -20,12 +20,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from evsys_adapters._output_lease import OutputLease, writer_of
-from evsys_adapters._record_file import RecordLog
-from evsys_adapters._wandb_records import Records
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
+from evsys_adapters.output_files.output_lease import OutputLease, writer_of
+from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
+from evsys_adapters.wandb_files.records import Records
 from evsys_adapters.wandb_logger import WandbLoggerCallback
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainEnd, TrainingBatch, TrainStart
 from evsys_bus.adapter import EventInfo
@@ -451,7 +451,16 @@ def restarted_often_for(name: str, root: Path) -> Life:
 
 
 @pytest.mark.parametrize("name", RECORD_FILES)
-@pytest.mark.parametrize("kept", [(1, 1, 1, 1, 1, 1), (99, 1, 99, 1, 2, 1), (2, 99, 99, 99, 99, 1), (99,) * 6])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        (1, 1, 1, 1, 1, 1),
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in ((99, 1, 99, 1, 2, 1), (2, 99, 99, 99, 99, 1), (99,) * 6)
+        ),
+    ],
+)
 def test_after_many_restarts_with_gaps_a_file_of_records_tells_what_it_holds(tmp_path, name, kept):
     life, read = restarted_often_for(name, tmp_path), RECORD_FILES[name]
     before = read(tmp_path)
@@ -624,7 +633,7 @@ def test_evals_that_a_later_start_made_void_do_not_come_back(tmp_path):
     assert file.read_bytes() == scores
 
 
-@pytest.mark.parametrize("kept", [(1, 1), (2, 99)])
+@pytest.mark.parametrize("kept", [(1, 1), pytest.param((2, 99), marks=pytest.mark.long)])
 def test_a_follower_that_is_killed_in_the_middle_of_a_walk_goes_on_with_it(tmp_path, kept):
     life = Life(tmp_path)
     life.publish([*life.starts(), *life.steps(range(100))])

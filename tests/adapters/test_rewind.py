@@ -223,7 +223,9 @@ END = ("on_experiment_end", None, (ExperimentResult("e", conclusion="So it is.")
 
 
 @BOTH
-@pytest.mark.parametrize("part", range(4))  # each in a few seconds: an example replaces small files many times
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(each, marks=pytest.mark.long) for each in range(1, 4))]
+)  # each in a few seconds: an example replaces small files many times
 def test_whatever_happens_every_row_is_there_once(make, part):
     @seed(part)
     @settings(max_examples=60, deadline=None, database=None)

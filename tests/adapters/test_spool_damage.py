@@ -68,6 +68,7 @@ async def test_a_damaged_entry_is_made_anew_and_uploaded(upload, damage, origina
     assert upload.spool.pending() == []
 
 
+@pytest.mark.long_on_uvloop
 async def test_an_entry_is_made_anew_wherever_it_was_torn(upload):
     row = upload.save()
     upload.announce(row)

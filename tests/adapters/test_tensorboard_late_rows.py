@@ -23,7 +23,7 @@ from tensorboard.data import grpc_provider
 from tensorboard_data_server import server_binary
 
 from evsys_adapters import TensorBoardLoggerCallback
-from evsys_adapters._tensorboard_events import Events
+from evsys_adapters.output_files.tensorboard_events import Events
 from evsys_adapters.tensorboard_logger import FILE
 from evsys_bus import (
     Eval,

@@ -115,6 +115,7 @@ def test_what_tensorboard_reads_is_what_the_journal_holds(tmp_path):
         assert scalars["eval/tasks/accuracy"] == [(step, 0.75) for step in range(4)]
 
 
+@pytest.mark.long
 def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path):
     journal = tmp_path / "journal"
     with EventBus([], journal=journal) as bus:

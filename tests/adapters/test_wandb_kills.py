@@ -42,6 +42,7 @@ def killed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_three_kills_of_the_courier_lose_no_row_and_double_none(killed, server, login):
     [file] = wandb.wandb_files_of(killed)
     wandb.sync_files(file)
@@ -51,6 +52,7 @@ def test_three_kills_of_the_courier_lose_no_row_and_double_none(killed, server, 
     assert all(wandb.is_same_series(points, wandb.metric_series(rows, "train")[key]) for key, points in metrics.items())
 
 
+@pytest.mark.long
 def test_the_python_reader_that_wandb_had_finds_them_too(killed):
     uv = shutil.which("uv")
     if not (uv or os.environ.get("CI")):

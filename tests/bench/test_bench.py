@@ -31,6 +31,7 @@ from evsys_bus.bench.suite import (
     run_suite,
 )
 from evsys_bus.cli.bench import bench_command, command
+from support import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 EFFORT = Budget(rounds=4, process_rounds=2, sample_ns=1_000)
@@ -323,3 +324,10 @@ def test_P1_bench_quick_dispatch_prints_a_verdict_for_every_k(tmp_path):
         assert f"K = {k}, in multiples of bare loop" in done.stdout
     assert done.stdout.count("EventBus.publish takes at most") == 5
     assert not list(tmp_path.iterdir())
+
+
+def test_the_suites_that_compare_with_heavier_peers_load():
+    command = [sys.executable, "-m", "benchmarks", "upload-step"]  # a typing error, so nothing is measured
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert '"upload-steps"' in done.stderr

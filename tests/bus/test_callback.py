@@ -189,7 +189,7 @@ def test_an_async_hook_is_refused_with_the_remedy():
         EventBus([Async()])
     assert str(caught.value) == (
         "error[EB201]: Async.on_step_end is async, but hooks are sync\n"
-        "why: the loop never waits for a callback, so nobody would await it\n"
+        "why: the loop never waits for a callback, so nothing would await it\n"
         "fix: write `def on_step_end(...)` and start the async part inside it: "
         "self.spawn(coroutine_function, *args)"
     )

@@ -502,7 +502,12 @@ RUN = """
 
 @pytest.mark.parametrize(
     ("how", "most_evals", "save_every", "made"),
-    [("SIGKILL", 2, 1, 7), ("SIGKILL", 2, 3, 9), ("SIGTERM", 2, 1, 7), ("SIGTERM", 3, 50, 7)],
+    [
+        ("SIGKILL", 2, 1, 7),
+        pytest.param("SIGKILL", 2, 3, 9, marks=pytest.mark.long),
+        pytest.param("SIGTERM", 2, 1, 7, marks=pytest.mark.long),
+        ("SIGTERM", 3, 50, 7),
+    ],
 )
 def test_a_run_that_is_interrupted_every_few_evals_stops_after_as_many_as_an_undisturbed_one(
     tmp_path, program, how, most_evals, save_every, made

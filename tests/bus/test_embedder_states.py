@@ -85,10 +85,9 @@ def test_a_hosts_own_state_reaches_followers_with_its_scalars_and_small_plain_da
     for live in ("model", "api_key", "backend"):
         with pytest.raises(DetachedError, match=live):
             getattr(state, live)
-    with pytest.raises(AttributeError, match="_private"):
-        _ = state._private
-    with pytest.raises(AttributeError, match="no attribute 'modle'"):
-        _ = state.modle
+    for absent in ("_private", "modle"):
+        with pytest.raises(AttributeError, match=f"no attribute '{absent}'"):
+            getattr(state, absent)
 
 
 def test_the_own_fields_of_a_subclass_and_of_an_instance_reach_followers(tmp_path):

@@ -105,10 +105,12 @@ LITTLE_MEMORY = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
+@pytest.mark.long
+@pytest.mark.timeout(60)  # it takes 12 s on an idle machine
 @pytest.mark.parametrize("megabytes", [0, 2, 12, 40])
 def test_where_memory_ends_publish_raises_nothing_and_what_is_not_on_record_is_counted(program, tmp_path, megabytes):
     process = program(LITTLE_MEMORY, str(tmp_path), str(megabytes))
-    out, err = process.communicate(timeout=15)
+    out, err = process.communicate(timeout=55)
     assert process.returncode == 0, err
     count, unrecorded = map(int, out.split())
     assert count + unrecorded == 13
@@ -143,7 +145,7 @@ LITTLE_FOR_ONE = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
-@pytest.mark.parametrize("what", ["text", "keys"])
+@pytest.mark.parametrize("what", [pytest.param("text", marks=pytest.mark.long), "keys"])
 def test_a_step_for_which_there_is_no_memory_ends_nothing(program, tmp_path, what):
     """In what a form encodes there may be long texts and long keys as well."""
     out, err = (process := program(LITTLE_FOR_ONE, str(tmp_path), what)).communicate(timeout=15)

@@ -91,7 +91,7 @@ async def by_bus_of_objects(folder):
 async def by_loop_of_objects(folder):
     loop = TrainingLoop(**parts(folder), output_dir=folder / "run", callbacks=objects(folder))
     await loop.run()
-    return loop._bus
+    return loop
 
 
 async def by_specs(folder):
@@ -112,7 +112,7 @@ async def by_file(folder):
     experiment = Experiment(config, recipe=module.recipe, output_dir=folder)
     result = await experiment.run()
     assert result.status == "completed", result
-    return experiment._bus
+    return experiment
 
 
 WAYS = (by_bus_of_objects, by_loop_of_objects, by_specs, by_file)
@@ -144,6 +144,7 @@ def uploaded(folder):
     return {name: data if name.endswith("/state") else None for name, data in found.items()}
 
 
+@pytest.mark.long_on_uvloop
 @pytest.mark.timeout(90)
 async def test_four_ways_to_the_bus_give_equal_deliveries_and_equal_files_value_by_value(tmp_path):
     seen = []
@@ -576,7 +577,7 @@ def test_a_close_that_returns_a_coroutine_has_failed(tmp_path, caplog, placement
     callback.placement = placement
     with EventBus([callback], journal=tmp_path / "journal", couriers="thread") as bus:
         bus.publish(step_end(tmp_path))
-    assert "CallsAsyncClose.close returned a coroutine, and nobody runs it" in caplog.text
+    assert "CallsAsyncClose.close returned a coroutine, and nothing runs it" in caplog.text
     failures = {each.name: each.hook_failures for each in bus.receipt.deliveries}
     failures |= {each.callback: each.failures for each in bus.health().hooks if each.hook == "close"}
     assert failures == {"CallsAsyncClose": 1}
@@ -615,7 +616,7 @@ def test_a_close_that_raises_or_hangs_ends_nothing(tmp_path, caplog):
     assert failed == {"Raises": 1, "Hangs": 1}
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", ["process", pytest.param("thread", marks=pytest.mark.long)])
 def test_a_close_that_hangs_in_a_courier_is_no_ok(tmp_path, caplog, couriers, monkeypatch):
     source = """
         import threading

@@ -275,6 +275,7 @@ KILLED = """
 """
 
 
+@pytest.mark.long
 def test_no_event_with_a_receipt_is_lost_to_a_kill(program, tmp_path):
     receipts = 0
     for kill in range(5):

@@ -1,12 +1,15 @@
 """What ``check`` finds before anything is started, and the forms of errors, times and colours on all screens."""
 
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from evsys_bus.cli.output.formatting import format_table, format_time
+from support.programs import run_evsys_bus
 
 EXPERIMENT = """\
 name: sweep
@@ -59,11 +62,7 @@ def evsys_bus(tmp_path):
     (tmp_path / "sweep.yaml").write_text(EXPERIMENT)
     (tmp_path / "descent.py").write_text(RECIPE)
 
-    def command(*arguments, **options):
-        program = [sys.executable, "-c", "from evsys_bus.cli import main; main()", *map(str, arguments)]
-        return subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path, **options)
-
-    return command
+    return partial(run_evsys_bus, cwd=tmp_path)
 
 
 def test_mistakes_of_yaml_are_found_together_with_all_others_and_each_is_one_error(evsys_bus, tmp_path):
@@ -87,8 +86,25 @@ def test_a_plugin_that_cannot_be_imported_is_one_error(evsys_bus, tmp_path):
     assert 'plugin "descend" cannot be imported' in done.stderr
 
 
+@pytest.fixture(scope="module")
+def completed_runs(tmp_path_factory):
+    """A folder ``runs`` with the experiment, completed."""
+    folder = tmp_path_factory.mktemp("completed")
+    (folder / "sweep.yaml").write_text(EXPERIMENT)
+    (folder / "descent.py").write_text(RECIPE)
+    program = [sys.executable, "-c", "from evsys_bus.cli import main; main()", "run", "sweep.yaml", "--quiet"]
+    subprocess.run(program, capture_output=True, check=True, cwd=folder)
+    return folder / "runs"
+
+
+@pytest.fixture
+def completed(completed_runs, tmp_path):
+    """A copy of the completed experiment, in the folder of the command."""
+    shutil.copytree(completed_runs, tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("completed")
 def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
     assert evsys_bus("check", "sweep.yaml", "--resume").returncode == 0
     assert evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.steps=9").returncode == 0
     done = evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.lr=0.7")
@@ -97,14 +113,30 @@ def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsy
     assert evsys_bus("run", "sweep.yaml", "--resume", "--dry-run", "--set", "run.lr=0.7").returncode == 2
 
 
+@pytest.mark.usefixtures("completed")
 def test_check_warns_of_a_success_metric_that_no_completed_run_has(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
     assert evsys_bus("check", "sweep.yaml").stderr == ""
-    done = evsys_bus("check", "sweep.yaml", "--set", "success_metric.name=test/scor")
-    assert done.returncode == 0
-    assert done.stderr == (
-        'warning: no completed run has the success_metric "test/scor"   fix: did you mean "test/score"?\n'
-    )
+    for name, fix in {
+        "test/scor": 'did you mean "test/score"?',
+        "score": 'did you mean "test/score"?',
+        "reward_per_episode": "choose one of them",
+    }.items():
+        done = evsys_bus("check", "sweep.yaml", "--set", f"success_metric.name={name}")
+        assert done.returncode == 0
+        what = f'no completed run has the success_metric "{name}"; they have loss, step_seconds, test/score'
+        assert done.stderr == f"warning: {what}   fix: {fix}\n"
+
+
+def test_check_shows_no_credentials_of_the_file_in_its_plan_and_its_errors(evsys_bus, tmp_path):
+    params = "{steps: 2, api_key: S3CRETa1, hub: {token: S3CRETa2}, url: 'https://me:S3CRETa3@h', max_tokens: 5}"
+    (tmp_path / "sweep.yaml").write_text(EXPERIMENT.replace("{steps: 2, lr: 0.5}", params) + "reveal: [api_key]\n")
+    for form in ([], ["--json"]):
+        shown = evsys_bus("check", "sweep.yaml", *form)
+        assert set(re.findall(r"S3CRET\w+", shown.stdout)) == {"S3CRETa1"}
+        assert "max_tokens" in shown.stdout
+    error = evsys_bus("check", "sweep.yaml", "--set", "run.nowhere.auth_token=S3CRETa4")
+    assert error.returncode == 2
+    assert "--set run.nowhere.auth_token=<redacted>" in error.stderr
 
 
 def test_quiet_shows_the_result_and_errors_only(evsys_bus, tmp_path):
@@ -124,8 +156,8 @@ def test_verbose_shows_what_is_less_than_a_warning(evsys_bus):
     assert "training.resumed" not in more.stderr
 
 
+@pytest.mark.usefixtures("completed")
 def test_show_without_a_run_shows_the_newest_experiment(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     done = evsys_bus("show")
     assert (done.returncode, done.stderr) == (0, "runs/sweep\n")
     assert done.stdout.startswith("sweep\n")
@@ -137,15 +169,15 @@ def test_without_any_run_show_says_where_it_looked(evsys_bus):
     assert done.stderr.startswith("error: there is no run below ")
 
 
+@pytest.mark.usefixtures("completed")
 def test_words_of_state_have_a_colour_only_where_colours_are_wanted(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     assert "\x1b[32mcompleted\x1b[0m" in evsys_bus("show", "runs/sweep", "--color", "always").stdout
     assert "\x1b[32mclosed" not in evsys_bus("status", "runs/sweep", "--color", "never").stdout
     assert "\x1b" not in evsys_bus("show", "runs/sweep").stdout
 
 
+@pytest.mark.usefixtures("completed")
 def test_times_are_local_with_their_offset(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     shown = evsys_bus("show", "runs/sweep", env={"TZ": "Asia/Kolkata", "PATH": ""}).stdout
     assert re.search(r"started +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+05:30\n", shown)
     assert format_time("no time at all") == "no time at all"

@@ -253,6 +253,7 @@ def test_sync_gives_up_a_destination_that_takes_nothing_for_so_long_and_delivers
     assert lines(tmp_path / "lines.txt") == [*range(1, 13)]
 
 
+@pytest.mark.long
 def test_sync_ends_though_a_live_program_records_more_than_the_destination_takes(command, tmp_path):
     directory = journal(tmp_path)
     followed(tmp_path, mode="slow")  # takes 100 events a second
@@ -271,6 +272,7 @@ def test_sync_ends_though_a_live_program_records_more_than_the_destination_takes
     assert lines(tmp_path / "lines.txt")[:12] == [*range(1, 13)]
 
 
+@pytest.mark.long
 def test_sync_leaves_an_adapter_alone_that_another_process_delivers_to_and_exits_3(command, tmp_path):
     directory = journal(tmp_path)
     followed(tmp_path, "busy")
@@ -322,6 +324,7 @@ def test_sync_says_of_a_live_object_that_only_its_program_has_it_and_exits_3(com
     same_as_golden("error_sync_live_object", err, tmp_path)
 
 
+@pytest.mark.long
 def test_sync_without_a_run_takes_the_newest_with_something_pending_and_with_all_every_one(command, tmp_path):
     for age, name in enumerate(("new", "middle", "old")):
         folder = tmp_path / "runs" / name
@@ -359,7 +362,7 @@ def test_sync_that_is_interrupted_ends_at_its_cursors_and_says_how_far_it_got(co
     assert lines(tmp_path / "lines.txt") == [*range(1, sent + 1)]
 
 
-@pytest.mark.parametrize("paid", [False, True])
+@pytest.mark.parametrize("paid", [pytest.param(False, marks=pytest.mark.long), True])
 def test_sync_has_what_is_owed_confirmed_or_says_what_to_do_before_that(command, tmp_path, paid):
     journal(tmp_path)
     followed(tmp_path, mode="owes")
@@ -398,6 +401,7 @@ def test_sync_says_at_once_what_kept_the_events_from_being_delivered_before(comm
     assert process.wait(10) == 130
 
 
+@pytest.mark.long
 def test_sync_joins_couriers_that_began_a_moment_after_it_and_says_at_once_what_keeps_them(command, tmp_path):
     """As those of a program that died in its first second: they were still importing."""
     directory = journal(tmp_path)
@@ -481,6 +485,7 @@ def busy_accounts(tmp_path):
     return [each.name for each in read_progress(tmp_path / "journal") if each.busy]
 
 
+@pytest.mark.long
 def test_sync_right_after_the_program_joins_the_couriers_that_still_deliver(command, trainer, tmp_path):
     trainer("slow", 200)
     wait_until(lambda: busy_accounts(tmp_path) == ["wandb"], message="its couriers have begun")
@@ -509,6 +514,7 @@ def test_sync_takes_over_from_couriers_of_a_dead_program_that_wait_for_a_person(
     assert busy_accounts(tmp_path) == []
 
 
+@pytest.mark.long
 def test_sync_takes_over_from_a_courier_process_of_a_dead_program_that_ignores_signals(command, trainer, tmp_path):
     trainer("key", 20)
     wait_until(
@@ -574,6 +580,7 @@ def test_follow_without_a_name_tells_what_keeps_the_events_and_what_to_do(comman
     assert "sync" not in done[2]
 
 
+@pytest.mark.long
 def test_follow_without_a_name_leaves_an_adapter_alone_that_another_process_delivers_to(command, tmp_path):
     directory = journal(tmp_path)
     (tmp_path / "destination.py").write_text(DESTINATION)
@@ -637,6 +644,7 @@ def test_follow_refuses_a_name_under_which_another_adapter_is_followed(command, 
 # -- replay -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_recorded_demo_run_replayed_into_csv_metrics_and_local_logger_equals_what_the_live_run_wrote(
     command, tmp_path
 ):
@@ -970,6 +978,7 @@ def test_what_fails_when_the_bus_is_left_counts_for_strict_wherever_it_runs(comm
     assert "evsys-bus sync" not in err  # it would find nothing to do
 
 
+@pytest.mark.long
 def test_the_page_of_a_run_is_named_at_its_end_whoever_published_it(command, tmp_path):
     plugin = """
 from evsys_bus import Callback, RunAnnotated, register_callback
@@ -992,7 +1001,9 @@ class Page(Callback):
         assert rows[0]["page"].startswith("https://board.example/low")
 
 
-@pytest.mark.parametrize(("form", "number"), [("plain", signal.SIGINT), ("json", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("form", "number"), [("plain", signal.SIGINT), pytest.param("json", signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_the_wait_for_deliveries_is_told_and_one_signal_ends_it_with_the_result(command, tmp_path, form, number):
     run = run_with(command, tmp_path, "blocks", "--progress", form)
     began = time.monotonic()
@@ -1013,6 +1024,7 @@ def test_the_wait_for_deliveries_is_told_and_one_signal_ends_it_with_the_result(
     assert f"finish with: evsys-bus sync {tmp_path}/runs/sweep/journal" in err.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_run_that_was_interrupted_still_tells_that_it_waits_and_goes_on_by_resuming(command, tmp_path):
     run = run_with(command, tmp_path, "blocks", "--progress", "plain", "--set", "run.steps=1000000")
     while "event=run_started" not in run.stderr.readline():

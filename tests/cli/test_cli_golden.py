@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from support import GOLDEN
+from support.programs import run_evsys_bus
 
 EXPERIMENT = """\
 name: sweep
@@ -70,14 +69,8 @@ def evsys_bus(tmp_path):
     def command(*arguments, **files):
         for name, text in files.items():
             (tmp_path / name.replace("__", ".")).write_text(text)
-        return subprocess.run(
-            [sys.executable, "-c", "from evsys_bus.cli import main; main()", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env={key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}},
-        )
+        environment = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
+        return run_evsys_bus(*arguments, cwd=tmp_path, env=environment)
 
     return command
 

@@ -23,6 +23,7 @@ def test_the_experiment_that_it_writes_checks_runs_and_shows(tmp_path):
     assert len((folder / "runs" / "first-sweep" / "fast-s1" / "metrics.csv").read_text().splitlines()) == 201
 
 
+@pytest.mark.long
 def test_the_adapter_package_that_it_writes_passes_its_own_conformance_test(tmp_path):
     done = run_evsys_bus("init", "--adapter", "score_board", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -492,7 +492,7 @@ def test_verify_is_content_after_a_repair_until_there_is_new_damage(evsys_bus, t
     evsys_bus("journal", "repair", tmp_path)
     code, out, _ = evsys_bus("journal", "verify", tmp_path)
     assert (code, out.splitlines()[-1]) == (0, "repaired: 2 events lost before that; all others are whole")
-    assert "lost before a repair, which kept the damaged segment: events 4, 8" in out
+    assert "lost before a repair, which retained the damaged segment: events 4, 8" in out
     damage(directory, 2)
     code, out, _ = evsys_bus("journal", "verify", tmp_path)
     assert (code, "! lost: event 2" in out or "damaged:" in out) == (3, True)

@@ -1,6 +1,5 @@
 """What ``logs`` shows of a run: its traceback, and the log of its couriers."""
 
-import contextlib
 import json
 import os
 import re
@@ -10,21 +9,15 @@ import sys
 
 import pytest
 
-from evsys_bus.cli import run
 from evsys_bus.cli.output.screen import wrap
 from evsys_bus.journal import JournalWriter
+from support.programs import command_in
 
 
 @pytest.fixture
 def evsys_bus(capsys, tmp_path):
     """The command line in this process and in tmp_path."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return command
+    return command_in(tmp_path, capsys)
 
 
 def log_line(at, level="WARNING", **facts):

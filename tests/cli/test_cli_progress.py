@@ -1,5 +1,6 @@
 """The board and the views that read it, without a terminal."""
 
+import contextlib
 import io
 import json
 import logging
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
+from evsys_bus import (
+    ArmResult,
+    Callback,
+    EventBus,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    RunResult,
+    TrainingBatch,
+)
 from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import ProblemMonitor
 from evsys_bus.cli.output.errors import show_warnings
@@ -272,6 +283,56 @@ def test_a_courier_s_warning_has_its_facts_on_one_line_and_its_traceback_below(c
         "warning: delivery.parked adapter=wandb why=401\n  no key fix=wandb login\n"
         f"warning: retrying (2 times){below}\n"
     )
+
+
+def test_a_warning_whose_error_shows_a_credential_has_its_redacted_traceback_the_first_time(capsys):
+    with show_warnings(Screen()):
+        for _ in range(2):
+            try:
+                raise ValueError("401 for https://me:S3CRET@host/v1")
+            except ValueError:
+                log().warning("hook.failed", callback="mine", exc_info=True)
+    first, second = capsys.readouterr().err.split("warning: hook.failed callback=mine\n")[1:]
+    assert first.startswith("  Traceback (most recent call last):\n")
+    assert first.endswith("  ValueError: 401 for https://me:<redacted>@host/v1\n")
+    assert second == "  ValueError: 401 for https://me:<redacted>@host/v1\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_marks_below_a_line_of_source_are_left_out_where_the_terminal_would_break_them(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with contextlib.redirect_stderr(Terminal()) as terminal, show_warnings(Screen()):
+        try:
+            _ = ["a long line of source, wider than a narrow terminal", 1 / 0]
+        except ArithmeticError:
+            log().warning("run.failed", run="a", exc_info=True)
+    lines = terminal.getvalue().splitlines()
+    assert any("a long line" in line for line in lines)
+    assert any(set(line) <= set(" ~^") for line in lines) == (columns == 200)
+
+
+def test_frames_between_publish_and_a_hook_are_not_shown(capsys, step_end):
+    class Raises(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            raise KeyError("reward")
+
+    with show_warnings(Screen()), EventBus([Raises()]) as bus:
+        bus.publish(step_end(0))
+    shown = capsys.readouterr().err
+    assert "in on_step_end" in shown
+    assert "<evsys-bus" not in shown
+
+
+def test_plain_lines_have_no_credentials_in_names_and_texts():
+    facts = {"event": "eval", "eval": "held_out", "metrics": {"hf_S3CRETabcdefghij1": 1.0, "url": "redis://:S3CRET@h"}}
+    assert format_plain(facts) == "event=eval eval=held_out <redacted>=1 url=redis://:<redacted>@h"
 
 
 def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):

@@ -233,6 +233,7 @@ def test_a_callback_in_trouble_is_counted_at_the_end_and_changes_no_exit_code(ev
     assert strict.returncode == 5
 
 
+@pytest.mark.long
 def test_the_default_output_dir_of_the_demo_is_a_new_one_under_runs_and_everything_is_in_it(evsys_bus, folder):
     done = evsys_bus("demo", "--set", "run.steps=2", "--seed", "0", "--progress", "off")
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import time
 
 import pytest
@@ -26,22 +25,16 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.cli import run
 from evsys_bus.codec import encode
 from evsys_bus.journal import JournalWriter
 from evsys_bus.testing import RecordingSink
+from support.programs import command_in
 
 
 @pytest.fixture
 def evsys_bus(capsys, tmp_path):
     """The command line in this process and in tmp_path."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return command
+    return command_in(tmp_path, capsys)
 
 
 @pytest.fixture
@@ -223,11 +216,11 @@ def test_show_takes_the_state_of_a_run_that_has_only_metrics_from_its_journal(ev
 def test_show_lists_runs_of_one_name_in_two_folders_as_two_and_one_that_was_moved_as_one(evsys_bus, tmp_path, has_ctx):
     folders = [tmp_path / each / "digits" for each in ("first", "second", "gone")]
     with EventBus([], journal=tmp_path / "journal") as bus:
-        for steps, folder in enumerate(folders, start=1):
+        for folder, steps in zip(folders, ([0], [1, 2], [3, 4, 5]), strict=True):
             ctx = LogContext(folder.parent, run_key="digits") if has_ctx else None
             state = LoopState(0, 3, folder, ctx=ctx)
             folder.mkdir(parents=True)
-            for step in range(steps):
+            for step in steps:
                 bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 0.5}))
 
     def shown_rows():

@@ -47,3 +47,12 @@ def test_a_cell_that_is_too_long_for_a_line_goes_on_at_a_word():
     lines = format_table([["run", "evaluation"], ["low", TEXT]], 40)
     assert max(map(len, lines)) <= 40
     assert " ".join(line.strip() for line in lines[1:]) == f"low  {TEXT}"
+
+
+@pytest.mark.parametrize("width", range(20, 70))
+def test_a_mean_stays_with_its_deviation_and_a_sign_with_its_number(width):
+    text = "low is best: test/score 0.39 ± 0 over 2 seeds, ahead of high (0.39 ± 0.02), and must be an integer >= 1"
+    lines = wrap(text, width)
+    for part in ("0.39 ± 0 ", "(0.39 ± 0.02),", ">= 1"):
+        assert any(part.strip() in line for line in lines)
+    assert " ".join(line.strip() for line in lines) == text

@@ -112,6 +112,7 @@ def left_at(step, machine, monkeypatch):
     return machine
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_ends_as_one_that_goes_on_where_it_was(machine, bucket, monkeypatch):
     first = left_at("25", machine("first", bucket), monkeypatch)
     second = machine("second", bucket)
@@ -119,7 +120,7 @@ def test_a_run_that_goes_on_elsewhere_ends_as_one_that_goes_on_where_it_was(mach
     assert code == 0, err
     url = bucket["url"].replace("{experiment}", "sweep")
     assert err.startswith(
-        f"low-s0 goes on after step 19, from step-000019: 2 files, 43.0 kB, fetched from {url}, verif"
+        f"low-s0 continues after step 19, from step-000019: 2 files, 43.0 kB, fetched from {url}, verif"
     )
     assert second.steps() == list(range(20, 40)), "it went on"
     assert first.run("--resume", "--progress", "off", "--set", "callbacks=[]")[0] == 0
@@ -153,7 +154,7 @@ def test_what_is_here_and_older_than_what_is_there_gives_way(machine, first):
     (second.run_dir / "checkpoints.jsonl").write_text(json.dumps(kept[0]) + "\n")
     code, _, err = second.run("--resume", "--progress", "off")
     assert code == 0
-    assert "low-s0 goes on after step 19, from step-000019" in err
+    assert "low-s0 continues after step 19, from step-000019" in err
     assert second.steps() == list(range(40))
     assert [row["batch"] for row in second.rows("checkpoints.jsonl")] == [9, 19, 29, 39, 39]
 
@@ -165,7 +166,7 @@ def test_a_record_of_files_that_are_gone_is_not_what_is_here(machine, first, arc
     (archive / "latest.json").write_text(json.dumps(latest | {"checkpoint": "step-000009"}))
     code, _, err = first.run("--resume", "--progress", "off")
     assert code == 0, err
-    assert "low-s0 goes on after step 9, from step-000009" in err
+    assert "low-s0 continues after step 9, from step-000009" in err
     assert first.steps() == list(range(40))
     assert [row["batch"] for row in first.rows("checkpoints.jsonl")] == [9, 19, 29, 39, 39]
 
@@ -292,7 +293,7 @@ def test_programs_are_told_as_json_and_logs_as_key_and_value(machine, first, arc
 
 
 def test_while_somebody_trains_in_the_directory_nothing_is_put_there(machine, first):
-    from evsys_bus.training.run_files import lock_folder
+    from evsys_bus.run_files import lock_folder
 
     second = machine("second")
     with lock_folder(second.run_dir.parent, "the experiment's directory"):

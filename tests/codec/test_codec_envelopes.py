@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evsys_bus import (
+    Alert,
     ArmResult,
     BenchmarkEval,
     Checkpoint,
+    ConfigUpdate,
+    Content,
+    ContentItem,
     Envelope,
+    Environment,
+    EpochEnd,
     Eval,
     EvalResult,
     ExperimentEnd,
@@ -25,19 +31,23 @@ from evsys_bus import (
     LoopArtifacts,
     LoopState,
     ManifestRow,
+    Metrics,
     RunEnd,
     RunResult,
     RunStart,
     StepEnd,
+    Summary,
+    TrainData,
     TrainEnd,
     TrainingBatch,
     TrainStart,
+    events,
 )
 from evsys_bus.codec import decode, encode, event_encoder, to_json
 from evsys_bus.codec.redact import is_secret_key
 from evsys_bus.codec.wire_types import run_and_root
 from evsys_bus.errors import DetachedError
-from evsys_bus.events import Event, declared_events
+from evsys_bus.events import Event, declared_events, event_tag
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -120,6 +130,8 @@ ARMS = st.builds(
     run_result=st.none() | RUNS,
 )
 EXPERIMENTS = st.builds(ExperimentResult, NAMES, STATUSES, st.lists(ARMS, max_size=1), MAYBE, st.none() | SECONDS)
+ITEMS = st.builds(ContentItem, st.sampled_from(["text", "image", "artifact"]), NAMES, MAYBE, data=METRICS)
+
 EVENTS = {
     ExperimentStart: st.builds(ExperimentStart, CONTEXTS),
     GroupStart: st.builds(GroupStart, CONTEXTS, NAMES),
@@ -132,6 +144,15 @@ EVENTS = {
     TrainEnd: st.builds(TrainEnd, STATES, ARTIFACTS),
     RunEnd: st.builds(RunEnd, CONTEXTS, RUNS, ARMS),
     ExperimentEnd: st.builds(ExperimentEnd, CONTEXTS, EXPERIMENTS),
+    Metrics: st.builds(Metrics, STATES, COUNTS, METRICS),
+    EpochEnd: st.builds(EpochEnd, STATES, COUNTS, METRICS),
+    events.Rollout: st.builds(events.Rollout, STATES, COUNTS, st.lists(METRICS, max_size=2)),
+    TrainData: st.builds(TrainData, CONTEXTS, st.lists(METRICS, max_size=2)),
+    Environment: st.builds(Environment, CONTEXTS, METRICS),
+    ConfigUpdate: st.builds(ConfigUpdate, CONTEXTS, METRICS),
+    Summary: st.builds(Summary, CONTEXTS, METRICS),
+    Content: st.builds(Content, STATES, st.none() | COUNTS, ITEMS),
+    Alert: st.builds(Alert, CONTEXTS, NAMES, NAMES, st.sampled_from(["info", "warning", "error"])),
     CodecRolloutEnd: st.builds(
         CodecRolloutEnd,
         reward=st.floats(allow_nan=False),
@@ -204,7 +225,7 @@ def test_an_envelope_that_was_read_can_be_written_again(envelope):
 def test_the_json_of_an_envelope_has_its_shape_and_no_nan(envelope):
     row = json.loads(to_json(envelope), parse_constant=pytest.fail)
     assert list(row)[:6] == ["stream", "seq", "time", "run", "rank", "event"]
-    assert row["event"]["type"] == envelope.event.hook.removeprefix("on_")
+    assert row["event"]["type"] == event_tag(type(envelope.event))
     assert set(row["event"]) == {"type", *envelope.event.__struct_fields__}
     assert row.get("replaced", {}) == envelope.replaced
 

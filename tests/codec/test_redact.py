@@ -103,6 +103,7 @@ HARMLESS_TEXTS = [
     "def f(token, key): return token",
     "author=smith",
     "api_key=${API_KEY}",
+    "export WANDB_API_KEY=...   then go on",
     "git 3b18e512dba79e4c8300dd08aeb37f8e728b8dad",
     "loss per token = 0.3",
     "mask-rcnn-resnet50-fpn",

@@ -114,6 +114,7 @@ def test_those_that_end_their_process_are_given_up_and_the_others_get_everything
     assert "Segmentation fault" in (tmp_path / "journal" / "couriers" / "process.log").read_text()
 
 
+@pytest.mark.long
 def test_while_the_program_runs_the_others_go_on(tmp_path, trainer):
     told, _ = trainer('[{"kind": "ends_at_import"}]', 0.5, "goes on")
     assert told["counts"][:2] == ["101", "101"]
@@ -128,6 +129,7 @@ def test_one_that_dies_but_once_is_started_again_and_nobody_is_parted(tmp_path, 
     assert "couriers.parted" not in errors
 
 
+@pytest.mark.long
 def test_evsys_bus_sync_delivers_to_the_others_as_well(tmp_path, program):
     (tmp_path / "plugin.py").write_text(textwrap.dedent(PLUGIN))
     recorded = program("""

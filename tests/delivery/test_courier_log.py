@@ -176,7 +176,7 @@ def test_warnings_of_other_loggers_reach_the_program_under_their_name_once_a_sec
     assert kept == [text for number in range(4) for text in ("kept at INFO", f"few points: {number}")]
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", ["process", pytest.param("thread", marks=pytest.mark.long)])
 def test_the_first_failure_of_each_kind_of_a_followed_hook_is_in_the_programs_log(run, tmp_path, couriers):
     lines, told, _, _ = run("breaks", couriers)
     failed = [facts for _, _, _, facts in lines if facts.get("event") == "hook.failed"]
@@ -212,6 +212,7 @@ def test_dead_letters_are_told_in_the_program_with_reason_and_file(run):
     assert len(Path(told[0]["file"]).read_text().splitlines()) == 6
 
 
+@pytest.mark.long
 def test_an_event_that_a_sink_fails_on_is_told_once_with_its_traceback(run):
     lines, _, _, _ = run("refuses")
     told = [facts for _, _, _, facts in lines if "dead" in facts.get("event", "")]
@@ -270,6 +271,7 @@ def write(tmp_path):
     return write
 
 
+@pytest.mark.long
 def test_the_log_is_its_owners_alone_and_bounded_and_a_reader_misses_nothing(write, tmp_path):
     reader = LogReader(str(tmp_path / layout.COURIERS / "process.log"))
     path = write(3000, 2000)  # 6 MB

@@ -240,6 +240,7 @@ CSV = """
 """
 
 
+@pytest.mark.long
 def test_a_table_has_every_row_once_however_often_it_is_killed(folder, program):
     trainer = program(CSV)
     table = folder / "csv_metrics"
@@ -366,7 +367,7 @@ def test_a_child_that_the_program_forked_does_not_keep_it(folder, program, end):
     assert "couriers.died" not in trainer.stderr.read()
 
 
-@pytest.mark.parametrize("kind", ["hangs", "away"])
+@pytest.mark.parametrize("kind", [pytest.param("hangs", marks=pytest.mark.long), "away"])
 def test_an_adapter_that_never_delivers_holds_it_for_the_linger_and_no_longer(folder, program, kind):
     trainer = program(f"""
         from trainer import *
@@ -400,6 +401,7 @@ def test_closing_returns_at_its_deadline_and_the_process_goes_on_for_the_linger(
     wait_until(lambda: is_gone(int(pid)))
 
 
+@pytest.mark.long
 def test_one_that_lingers_and_the_one_of_the_next_run_share_the_work(folder, program):
     source = "from trainer import *; trainer = Trainer('seqs', 'away', grace_seconds={}); trainer.publish(100); "
     first = program(source.format(2.0) + "say(trainer.couriers.pid); input()")

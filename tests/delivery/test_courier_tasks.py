@@ -624,7 +624,7 @@ def ends(program, tmp_path):
 
 
 @pytest.mark.parametrize("couriers", ["thread", "process"])
-@pytest.mark.parametrize("bare", ["bare", "spawned"])
+@pytest.mark.parametrize("bare", ["bare", pytest.param("spawned", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("how", "code"), [("normal", 0), ("raises", 1), ("signal", -signal.SIGTERM)])
 def test_R2_all_200_tasks_of_a_followed_callback_complete(ends, how, code, bare, couriers):
     told, ended, err, exit_code = ends(how, bare, couriers)
@@ -632,7 +632,7 @@ def test_R2_all_200_tasks_of_a_followed_callback_complete(ends, how, code, bare,
 
 
 @pytest.mark.parametrize("couriers", ["thread", "process"])
-@pytest.mark.parametrize("bare", ["bare", "spawned"])
+@pytest.mark.parametrize("bare", [pytest.param("bare", marks=pytest.mark.long), "spawned"])
 def test_R2_tasks_that_the_deadline_cuts_off_are_counted_and_their_event_comes_again(ends, bare, couriers):
     told, ended, err, _ = ends("normal", bare, couriers, 60, 3)
     delivered, pending, failures, last = told

@@ -41,7 +41,7 @@ BLOCKS = """
 """
 
 
-@pytest.mark.parametrize("library", ["asyncio", "anyio"])
+@pytest.mark.parametrize("library", ["asyncio", pytest.param("anyio", marks=pytest.mark.long)])
 def test_a_blocking_call_on_a_thread_of_its_own_keeps_no_program_from_ending(program, library):
     began = time.monotonic()
     process = program(BLOCKS, library)
@@ -182,7 +182,7 @@ def test_one_that_changes_the_current_directory_changes_only_its_own(tmp_path, p
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moves.py").write_text(textwrap.dedent(MOVES))
     out, errors = program(STAYS).communicate(timeout=20)
-    assert "pending=0" in out, errors
+    assert out.splitlines()[1] == "everything was delivered", errors
     assert (tmp_path / "counted").read_text() == "1\n2\n3\n4\n", errors
     assert (tmp_path / "metrics.csv").read_text() == "step,loss\n0,0.5\n"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["logs"]

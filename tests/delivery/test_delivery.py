@@ -260,7 +260,7 @@ def test_a_feed_reads_no_longer_than_its_slice(journal, stream):
     feed = EventSource(journal, Cursor(), ranks=None, disk=OsDisk(), clock=OsClock(), faults=FaultLog())
     batch = Batch()
     assert feed.read_batch(batch, 1000, 1 << 20, slice_seconds=0.0) == "slice"
-    assert 0 < len(batch.envelopes) <= 16
+    assert 0 < len(batch.items) <= 16
     assert feed.read_batch(batch, 1000, 1 << 20) == "dry"
     assert batch.sequences == list(range(1, 101))
 

@@ -230,6 +230,7 @@ class Holds(Callback):
 """
 
 
+@pytest.mark.long
 def test_a_hook_that_holds_the_interpreter_leaves_no_process_behind(tmp_path, program):
     (tmp_path / "holds_the_interpreter.py").write_text(HOLDER)
     out, errors = program(textwrap.dedent(HOLDS), str(tmp_path)).communicate(timeout=15)

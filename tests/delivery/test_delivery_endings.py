@@ -223,7 +223,7 @@ def told(line):
     return json.loads(line)
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", ["process", pytest.param("thread", marks=pytest.mark.long)])
 def test_whatever_a_destination_does_not_do_the_others_and_the_steps_notice_nothing_and_closing_keeps_its_deadline(
     place, couriers
 ):

@@ -400,7 +400,9 @@ def test_a_hundred_interrupts_at_random_moments_harm_nothing():
 
 
 @pytest.mark.timeout(60)  # some seconds, where the machine is idle
-@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize(
+    "loop_factory", [LOOPS[0], *(pytest.param(each, marks=pytest.mark.long) for each in LOOPS[1:])]
+)
 def test_an_interrupt_at_any_line_of_an_exit_on_a_loop_closes_the_journal_all_the_same(
     loop_factory, tmp_path, step_end
 ):

@@ -11,6 +11,7 @@ import pytest
 from evsys_bus.journal import JournalReader
 
 
+@pytest.mark.long
 def test_no_receipt_of_a_training_is_lost_to_six_kills(tmp_path):
     """One of them at 5 steps a second, one at 1,000, one while it starts."""
     tally = kills.kill_repeatedly(6, 3_000, seed=random.randrange(1_000_000), folder=tmp_path)

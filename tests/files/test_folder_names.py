@@ -44,7 +44,13 @@ def command(folder, *arguments):
     return subprocess.run([program, *arguments], cwd=folder, capture_output=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(("name", "patience"), [*zip(NAMES, ["20", "0", "20", "0", "0"], strict=True)])
+@pytest.mark.parametrize(
+    ("name", "patience"),
+    [
+        pytest.param(name, patience, marks=[pytest.mark.long] * (number > 0))
+        for number, (name, patience) in enumerate(zip(NAMES, ["20", "0", "20", "0", "0"], strict=True))
+    ],
+)
 def test_followers_are_delivered_to_from_any_folder_at_once_and_by_sync(tmp_path, name, patience):
     folder = tmp_path / os.fsdecode(name)
     folder.mkdir()
@@ -59,6 +65,7 @@ def test_followers_are_delivered_to_from_any_folder_at_once_and_by_sync(tmp_path
     assert list(tmp_path.iterdir()) == [folder]  # nothing beside it under a name that is only like it
 
 
+@pytest.mark.long
 def test_what_commands_say_of_such_a_folder_is_told_and_is_json_where_that_is_asked_for(tmp_path):
     folder = tmp_path / os.fsdecode(NAMES[0])
     folder.mkdir()

@@ -83,8 +83,8 @@ def feed(directory, disk, *, thorough):
     while True:
         batch = Batch()
         filled = found.read_batch(batch, 100, 1 << 20, include_idle=thorough)
-        delivered += len(batch.envelopes)
-        if filled == "dry" and not batch.envelopes:
+        delivered += len(batch.items)
+        if filled == "dry" and not batch.items:
             return delivered
 
 
@@ -183,9 +183,9 @@ def test_every_event_of_many_streams_is_delivered_once_and_in_their_order(tmp_pa
     names = []
     while True:
         batch = Batch()
-        if found.read_batch(batch, 7, 1 << 20, include_idle=True) == "dry" and not batch.envelopes:
+        if found.read_batch(batch, 7, 1 << 20, include_idle=True) == "dry" and not batch.items:
             break
-        names += [each.stream for each in batch.envelopes]
+        names += [each.stream for each in batch.items]
     assert names == [name for name in JournalReader(tmp_path).streams() for _ in range(2)]
 
 

@@ -364,3 +364,17 @@ def test_a_link_of_the_same_user_is_written_through(tmp_path):
     replace_file(link, b"other\n", follow_link=True)
     assert target.read_text() == "other\n"
     assert link.is_symlink()
+
+
+def test_a_simulated_disk_overwrites_and_removes_a_file_durably():
+    disk = SimulatedDisk()
+    disk.put("/folder/rows", b"first")
+    file = disk.open_read("/folder/rows")
+    disk.put("/folder/rows", b"damaged")
+    assert disk.pread(file, 99, 0) == b"damaged"
+    disk.restart("power")
+    assert disk.read("/folder/rows", 0, 99) == b"damaged"
+    disk.take_away("/folder/rows")
+    disk.restart("power")
+    assert list(disk.paths()) == []
+    assert disk.names("/") == ["folder"]

@@ -58,7 +58,7 @@ class Follower:
         self.clock.advance(seconds)
         batch = Batch()
         self.source.read_batch(batch, 500, 1 << 20)
-        return [each.event.number for each in batch.envelopes]
+        return [each.event.number for each in batch.items]
 
     def rest(self, seconds=300):
         for _ in range(seconds * 2):
@@ -152,6 +152,7 @@ print(errors)
 """
 
 
+@pytest.mark.long
 def test_the_first_readers_of_a_process_may_come_at_once_from_many_threads(tmp_path):
     writer = JournalWriter(tmp_path).open()
     writer.append(b"an event")

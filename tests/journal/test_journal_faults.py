@@ -331,3 +331,16 @@ def test_after_a_failed_sync_the_segment_takes_no_more(caplog):
     assert writer.failures == 1
     assert not writer.close()  # the second event may not be on the medium, and nobody can tell
     assert read(disk, writer.stream) == [1, 2, 3]
+
+
+def test_an_abandoned_writer_writes_and_syncs_nothing_more_and_another_continues_its_stream():
+    disk = SimulatedDisk()
+    writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
+    writer.append(payload(1))
+    calls = disk.calls
+    writer.abandon(10.0)
+    assert disk.calls - calls <= 4, "only its files are closed"
+    disk.restart("kill")
+    with_next = JournalWriter("/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
+    assert (with_next.stream, with_next.next_sequence) == (writer.stream, 2)
+    with_next.close()

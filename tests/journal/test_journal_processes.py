@@ -371,6 +371,7 @@ FORKS = """
 """
 
 
+@pytest.mark.long
 def test_children_that_are_forked_while_events_are_appended_touch_nothing_and_hold_nothing(tmp_path, program):
     process = program(FORKS, str(tmp_path / "journal"))
     out, errors = process.communicate(timeout=18)

@@ -57,7 +57,7 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", ["process", pytest.param("thread", marks=pytest.mark.long)])
 def test_a_journal_that_is_removed_is_not_created_again_and_the_run_goes_on_without(tmp_path, program, couriers):
     (tmp_path / "counts.py").write_text(textwrap.dedent(PLUGIN))
     process = program(PROGRAM, couriers)

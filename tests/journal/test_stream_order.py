@@ -192,9 +192,9 @@ def test_a_follower_gets_three_lives_in_the_order_in_which_they_were_lived(tmp_p
     steps = []
     while True:
         batch = Batch()
-        if feed.read_batch(batch, 3, 1 << 20, include_idle=True) == "dry" and not batch.envelopes:
+        if feed.read_batch(batch, 3, 1 << 20, include_idle=True) == "dry" and not batch.items:
             break
-        steps += [each.event.step for each in batch.envelopes]
+        steps += [each.event.step for each in batch.items]
     assert steps == [*range(4), *range(10, 14), *range(20, 24)]
 
 

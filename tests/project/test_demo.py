@@ -63,6 +63,7 @@ async def small(folder, *callbacks, arm="baseline", seed=0, **params):
     return await Experiment(settings, callbacks=callbacks, only_arms=[arm], only_seeds=[seed]).run()
 
 
+@pytest.mark.long_on_uvloop
 async def test_the_demo_trains_three_arms_with_two_seeds_and_reads_more_than_95_percent_of_digits_it_never_saw(
     tmp_path,
 ):
@@ -245,6 +246,7 @@ asyncio.run(run_demo(sys.argv[1], [Kill()], steps=30, eval_every=5))
 """
 
 
+@pytest.mark.long
 def test_the_demo_killed_without_warning_goes_on_from_the_last_checkpoints_and_counts_no_step_twice(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "e")], check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -7,6 +7,7 @@ order and fields. `python tests/support/evsys_server.py PORT` runs the server al
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -94,6 +95,8 @@ class EvsysServer:
         self.operations = []
         """(operation, args) of every executed request, including reads, in order."""
         self.request_count = 0
+        self.received = []
+        """The path, the headers and the decompressed body of each request, as bytes."""
         self.connections = set()
         self.tables = {name: {} for name in ("experiments", "groups", "runs", "evals")}
         self.metrics, self.checkpoints, self.predictions = [], [], []
@@ -162,6 +165,10 @@ class EvsysServer:
         self.request_count += 1
         self.connections.add(request.client)
         body = await request.body()
+        if request.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        headers = [b"%b: %b" % pair for pair in request.headers.raw]
+        self.received.append(b"\n".join([str(request.url).encode(), *headers, body]))
         try:
             if request.headers.get("authorization", "").removeprefix("Bearer ") not in self.keys:
                 raise RefusedError(401, "no such key")

@@ -1,9 +1,18 @@
 """Running the installed command, or Python source, in a process of its own."""
 
+import contextlib
+import os
+import pty
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from evsys_bus.cli import run
 
 EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
 """The installed command."""
@@ -14,9 +23,37 @@ def run_evsys_bus(*arguments: object, **options: Any) -> "subprocess.CompletedPr
     return _run_command([EVSYS_BUS, *map(str, arguments)], options)
 
 
+def command_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> "Callable[..., subprocess.CompletedProcess[str]]":
+    """Return a function that runs the command line in this process, with this current folder."""
+
+    def command(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        with contextlib.chdir(folder):
+            code = run([str(each) for each in arguments])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return command
+
+
 def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run Python source to its end; ``options`` go to `subprocess.run`."""
     return _run_command([sys.executable, "-c", source, *map(str, arguments)], options)
+
+
+def in_terminal(arguments: Sequence[str], columns: int, cwd: Path) -> str:
+    """Run the installed command in a terminal of this width, and return its screen as text."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [EVSYS_BUS, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd
+    )
+    os.close(slave)
+    parts: list[bytes] = []
+    with suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(master, 1 << 16):
+            parts.append(part)
+    os.close(master)
+    assert process.wait() == 0, b"".join(parts)
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def running_processes() -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from evsys_adapters import WandbLoggerCallback
-from evsys_adapters._wandb_records import Records
+from evsys_adapters.wandb_files.records import Records
 from evsys_bus.codec import decode
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.diagnostics import FaultLog
@@ -47,6 +47,8 @@ class WandbServer(ThreadingHTTPServer):
         self.refusal = None
         """The error message with which it refuses every run; None accepts them."""
         self.request_count = 0
+        self.received = []
+        """The path, the headers and the decompressed body of each request, as bytes."""
         self.lines = {}
         self.runs = {}
         self.files = {}
@@ -114,8 +116,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         if self.headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
+        head = "\n".join([self.path, *(f"{name}: {value}" for name, value in self.headers.items())])
         with self.server.lock:
             self.server.request_count += 1
+            self.server.received.append(b"%b\n%b" % (head.encode(), body))
             status = self.server.status
             reply = self.server.respond(self.path, body) if status == 200 else {"error": "not today"}
         data = json.dumps(reply).encode()
@@ -268,7 +272,6 @@ class LoggerDelivery:
         return self
 
     async def __aexit__(self, *exc):
-        self.receiver._task_manager.cancel_background()
         await self.receiver.close()
         await asyncio.sleep(0.2)
 

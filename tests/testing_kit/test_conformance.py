@@ -302,6 +302,7 @@ def rows(folder):
         database.close()
 
 
+@pytest.mark.long
 def test_a_database_is_compared_by_its_rows():
     conformance(Table, contents=rows)()
     with pytest.raises(AssertionError, match=r"followed, it writes .* line 1 of steps is .*DetachedLoopState"):

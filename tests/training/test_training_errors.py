@@ -8,8 +8,8 @@ import pytest
 
 from evsys_bus import Callback, TrainingBatch
 from evsys_bus.errors import TrainingError
+from evsys_bus.run_files import MAX_CHARS, write_error_file
 from evsys_bus.training import Experiment, RunComponents, TrainingLoop
-from evsys_bus.training.run_files import MAX_CHARS, write_error_file
 
 
 class Toy:

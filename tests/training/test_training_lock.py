@@ -7,12 +7,12 @@ import signal
 import pytest
 
 from evsys_bus.errors import TrainingError
-from evsys_bus.training.run_files import LOCK_FILE, lock_folder
+from evsys_bus.run_files import LOCK_FILE, lock_folder
 
 HOLDS = """
     import os, signal, sys
     from pathlib import Path
-    from evsys_bus.training.run_files import lock_folder
+    from evsys_bus.run_files import lock_folder
 
     with lock_folder(Path(sys.argv[1]), "the run's directory"):
         if "fork" not in sys.argv:

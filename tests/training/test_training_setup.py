@@ -49,6 +49,19 @@ async def test_a_bus_that_was_given_is_used_and_left_open(tmp_path):
     assert starts.runs == ["a", "b"]
 
 
+async def test_a_loop_has_the_health_and_the_receipt_of_its_bus(tmp_path):
+    loop = loop_of(tmp_path / "own")
+    assert (loop.health().state, loop.receipt) == ("new", None)
+    await loop.run()
+    assert loop.health().state == "closed"
+    assert not loop.receipt.unfinished
+    async with EventBus() as bus:
+        borrowed = loop_of(tmp_path / "borrowed", bus=bus)
+        await borrowed.run()
+        assert (borrowed.health().state, borrowed.receipt) == ("open", None)
+    assert borrowed.receipt is bus.receipt
+
+
 async def test_the_context_that_was_given_decides_the_directory_and_reaches_the_hooks(tmp_path):
     ctx = LogContext(output_dir=tmp_path, run_key="arm-0")
     loop = loop_of(ctx=ctx)

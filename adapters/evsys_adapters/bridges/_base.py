@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import evsys_bus
-from evsys_adapters._runs import fields, rank_from_environment
+from evsys_adapters.common.hook_arguments import fields, rank_from_environment
 from evsys_bus.context import Status
 from evsys_bus.diagnostics import log
 from evsys_bus.location import local_path

@@ -107,7 +107,7 @@ async def copy_into(
 
     Raises:
         DamagedError: The content differs; the partial copy is removed.
-        DeliveryError, OSError: Raised by ``read``; the partial copy is kept.
+        DeliveryError, OSError: Raised by ``read``; the partial copy remains.
     """
     while True:
         with _open_partial(path, remote.sha256 or (expected and expected.sha256)) as (file, partial):

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from evsys_adapters._runs import safe_name
+from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus.context import ManifestRow
 from evsys_bus.journal.layout import stream_sort_key
 from evsys_bus.location import short_digest

@@ -193,7 +193,7 @@ def _prepare(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
             raise _escape_error(folder, root)
     _refuse_other(root, manifest, paths)
     root.mkdir(parents=True, exist_ok=True)
-    if len({_normalized_name(name) for name in paths}) < len(paths) and _ignores_case(root):
+    if len({unicodedata.normalize("NFD", name).casefold() for name in paths}) < len(paths) and _ignores_case(root):
         raise DamagedError(
             "it has files whose names are the same on this file system", fix="fetch it to another file system"
         )
@@ -257,10 +257,6 @@ def _escape_error(path: Path, root: Path) -> DamagedError:
 def _folders_between(root: Path, path: Path) -> list[Path]:
     """Return the folders from the root down to the path."""
     return [above for above in path.parents if above != root and above.is_relative_to(root)]
-
-
-def _normalized_name(name: str) -> str:
-    return unicodedata.normalize("NFD", name).casefold()
 
 
 def _ignores_case(root: Path) -> bool:

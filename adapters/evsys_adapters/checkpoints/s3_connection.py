@@ -261,7 +261,7 @@ class S3Connection:
             seconds: The timeout.
             params: S3's parameters of the operation.
         """
-        async with self.requesting(_operation_name(operation), seconds=seconds, expect=expect) as client:
+        async with self.requesting(operation.title().replace("_", ""), seconds=seconds, expect=expect) as client:
             return await getattr(client, operation)(Bucket=self.bucket, **params)
 
     async def pages(
@@ -360,11 +360,6 @@ class S3Connection:
             raise ParkedError(f"{self.where} cannot be used: {error}", fix="correct the adapter's params") from error
         if found is not None:
             self._key = KeyOrigin(f"{found.access_key[:4]}…", _ORIGINS.get(found.method, f"from {found.method}"))
-
-
-def _operation_name(operation: str) -> str:
-    """Return the operation's name in S3's documentation."""
-    return operation.title().replace("_", "")
 
 
 def _next_page(operation: str, page: dict[str, Any], entries: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:

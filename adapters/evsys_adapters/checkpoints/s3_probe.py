@@ -1,7 +1,7 @@
 """`find_features`: what a server with the S3 API and the permissions of a key allow, found by a few small requests.
 
 Servers differ in what they do with a header that they do not know: refuse the request, or ignore it. So a feature
-counts only if a request that must fail because of it does fail, and with the code that says so.
+counts only if a request that must fail because of it does fail, and with the right code.
 
     writes of the probe                                 features
     --------------------------------------------------  ------------------------------------------------------------
@@ -71,7 +71,7 @@ def log_limits(where: str, features: S3Features) -> None:
         "no digests": (not features.checks_digests, "bodies are signed instead, and sizes are compared"),
         "no If-None-Match": (
             not features.create_conditions,
-            "keys are looked up before they are written; two uploaders at the same moment are not told apart",
+            "keys are looked up before they are written; two uploaders at the same moment are not detected",
         ),
         "no If-Match": (
             features.create_conditions and not features.replace_conditions,

@@ -42,7 +42,7 @@ from evsys_adapters.checkpoints.store import (
     check_content,
     check_key,
     check_size,
-    identity_of,
+    file_identity_at,
     retrying,
     too_large_error,
 )
@@ -189,7 +189,7 @@ class S3Store:
         """See `ObjectStore.abort_abandoned`."""
         ended = 0
         for plan in await to_thread.run_sync(ledger.uploads_under, self.where, prefix):
-            if await to_thread.run_sync(identity_of, plan.path) == plan.source:
+            if await to_thread.run_sync(file_identity_at, plan.path) == plan.source:
                 continue
             await abort_uploads(self._connection, plan.key, plan.upload_id)
             await to_thread.run_sync(ledger.remove, self.where, plan.key)

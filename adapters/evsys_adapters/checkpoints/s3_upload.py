@@ -1,7 +1,7 @@
 """Multipart uploads to S3: resumable by any process with the ledger, and atomic.
 
     planned    the file's digests are in the ledger
-    begun      the server's upload ID is in the ledger
+    started    the server's upload ID is in the ledger
     sent       each part confirmed by the server is in the ledger before the next one is sent in its place
     completed  on condition that the key is unused; then size and digest are verified
 
@@ -121,7 +121,13 @@ class FileUpload:
             if source.size <= plan.part_bytes:
                 data = await to_thread.run_sync(os.pread, file.fileno(), source.size, 0)
                 return await self._bucket.put_whole(expected, data) if self._is_unchanged(file, source) else None
-            plan = await self._start_upload(plan)
+            await to_thread.run_sync(self._ledger.begin, plan)
+            params: dict[str, Any] = {"Metadata": {"sha256": plan.sha256}}
+            if self._connection.features.checks_digests:
+                params["ChecksumAlgorithm"] = "SHA256"
+            reply = await self._connection.call("create_multipart_upload", Key=self._key, **params)
+            plan = msgspec.structs.replace(plan, upload_id=reply["UploadId"])
+            await to_thread.run_sync(self._ledger.begin, plan)
         sent = await self._send(file, plan, parts)
         if not self._is_unchanged(file, source):
             return None
@@ -173,16 +179,6 @@ class FileUpload:
             for number, part in parts.items()
             if sizes.get(number) == (_bare_tag(part.tag), _size(plan, number))
         }
-
-    async def _start_upload(self, plan: UploadPlan) -> UploadPlan:
-        await to_thread.run_sync(self._ledger.begin, plan)
-        params: dict[str, Any] = {"Metadata": {"sha256": plan.sha256}}
-        if self._connection.features.checks_digests:
-            params["ChecksumAlgorithm"] = "SHA256"
-        reply = await self._connection.call("create_multipart_upload", Key=self._key, **params)
-        plan = msgspec.structs.replace(plan, upload_id=reply["UploadId"])
-        await to_thread.run_sync(self._ledger.begin, plan)
-        return plan
 
     async def _send(self, file: BinaryIO, plan: UploadPlan, parts: dict[int, UploadedPart]) -> bool:
         """Send the missing parts concurrently; after the first failure no further part is started.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from evsys_adapters._runs import safe_name
 from evsys_adapters.checkpoints.manifest import MAX_FOLDERS
+from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import layout
 from evsys_bus.location import short_digest
@@ -150,7 +150,7 @@ def _listed(folder: _Entry, status: os.stat_result, run_folder: str) -> list[_En
             (is_run and entry.name in OWN_NAMES)
             or (entry.name in owners and _is_owner_file(entry.path))
             or (owner in owners and _is_owner_file(f"{folder.path}/{owner}"))
-            or (entry.name == SPOOL_FOLDER and _is_spool(entry.path))
+            or (entry.name == SPOOL_FOLDER and any(Path(entry.path).glob("*/*@*")))
         ):
             continue
         is_link = entry.is_symlink()
@@ -163,10 +163,6 @@ def _file_or_reason(path: str, status: os.stat_result) -> SourceFile | str:
     if not stat.S_ISREG(status.st_mode):
         return "it is not a regular file"
     return SourceFile(path, status) if os.access(path, os.R_OK) else "it may not be read"
-
-
-def _is_spool(folder: str) -> bool:
-    return any(Path(folder).glob("*/*@*"))
 
 
 def _is_owner_file(path: str) -> bool:

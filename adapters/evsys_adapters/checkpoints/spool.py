@@ -28,10 +28,10 @@ from uuid import uuid4
 
 import msgspec
 
-from evsys_adapters._runs import safe_name
 from evsys_adapters.checkpoints.manifest import PARTS, Manifest, PartName, checkpoint_folder, is_remote_uri
 from evsys_adapters.checkpoints.source_files import SPOOL_FOLDER, SourceFile, UnusableSourceError, files_of, local_path
 from evsys_adapters.checkpoints.store_urls import StoreOptions
+from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus import location
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.decode import convert_value

@@ -137,7 +137,7 @@ class FileIdentity(msgspec.Struct, frozen=True):
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def identity_of(path: str) -> FileIdentity | None:
+def file_identity_at(path: str) -> FileIdentity | None:
     """Return the identity of the file at the path; None if there is none."""
     try:
         return FileIdentity.of(Path(path).stat())

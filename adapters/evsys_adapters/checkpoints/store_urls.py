@@ -3,16 +3,16 @@
 from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import anyio
 import msgspec
 
-from evsys_adapters._params import check_placeholders
-from evsys_adapters._runs import experiment_folder
 from evsys_adapters.checkpoints.manifest import component
 from evsys_adapters.checkpoints.store import PART_BYTES, ObjectStore
+from evsys_adapters.common.hook_arguments import experiment_folder
+from evsys_adapters.common.params import check_placeholders
 from evsys_bus.errors import ConfigError
 
 OPEN_SECONDS: Final = 60.0
@@ -85,15 +85,29 @@ def check_url(url: str) -> None:
         raise ModuleNotFoundError("s3:// needs aiobotocore", name="aiobotocore")
 
 
-class StoreOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Connection options of destinations, without secrets."""
+class ConnectionParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a destination is reached: the params that every adapter with a destination has."""
 
     endpoint: str | None = None
+    """URL of a server with the S3 API other than Amazon's: ``http://host:9000``."""
     region: str | None = None
+    """The region of the bucket."""
     path_style: bool | None = None
+    """Whether the bucket is part of the path of a request instead of the host name."""
     profile: str | None = None
+    """Profile of the AWS configuration with the credentials; secrets are never given here."""
+
+
+class StoreOptions(ConnectionParams, frozen=True, omit_defaults=True):
+    """How destinations are reached and files are sent, without secrets."""
+
     concurrency: int = 4
     part_bytes: int = 16 << 20
+
+    @classmethod
+    def of(cls, params: ConnectionParams) -> Self:
+        """Return the options among the params of an adapter."""
+        return cls(**{name: getattr(params, name) for name in cls.__struct_fields__ if hasattr(params, name)})
 
 
 class OpenedStore(NamedTuple):

@@ -24,12 +24,13 @@ from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool, join_
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
-from evsys_bus.cli.records import CHECKPOINTS, JournalLocation, find_journal, read_run
+from evsys_bus.cli.records import CHECKPOINTS, find_journal, read_run
 from evsys_bus.codec import decode
 from evsys_bus.context import ManifestRow
 from evsys_bus.errors import BrokenAdapterError, CodecError
 from evsys_bus.events import Checkpoint
 from evsys_bus.journal import JournalReader
+from evsys_bus.reading import JournalLocation
 
 LocalState = Literal["whole", "partly", "gone", "elsewhere"]
 RemoteState = Literal["uploaded", "waiting", "conflict", "pruned", "unknown"]
@@ -70,7 +71,8 @@ def store_options(command: _CommandT) -> _CommandT:
     def with_store_options(
         *args: Any, endpoint: str | None, region: str | None, path_style: bool | None, profile: str | None, **rest: Any
     ) -> object:
-        return command(*args, reach=StoreOptions(endpoint, region, path_style, profile), **rest)
+        options = StoreOptions(endpoint=endpoint, region=region, path_style=path_style, profile=profile)
+        return command(*args, reach=options, **rest)
 
     wrapped: Callable[..., Any] = with_store_options
     for option in (

@@ -19,7 +19,7 @@ from evsys_bus.cli.output.transfers import make_byte_counter
 from evsys_bus.cli.records import CHECKPOINTS, RUNS, load_previous_experiment
 from evsys_bus.context import ManifestRow
 from evsys_bus.errors import did_you_mean
-from evsys_bus.training.run_files import Row, RowFile
+from evsys_bus.run_files import Row, RowFile
 
 _MAX_NAMED: Final = 3
 
@@ -45,7 +45,11 @@ def command(
     run, name = _split_name(asked)
     folder, key = run if run.is_dir() else RUNS / run, run.absolute().name
     if url is None:
-        _refuse_experiment(run, folder)
+        previous = load_previous_experiment(folder)
+        if previous is not None:
+            known = [str(run / key) for key in previous.runs]
+            named = f"; name a run: {', '.join(known[:_MAX_NAMED])}" if known else ""
+            raise click.UsageError(f"{run} is an experiment{named}{', ...' if len(known) > _MAX_NAMED else ''}")
         url, reach, recorded = _find_upload(run, name)
         folder = folder if run.is_dir() and recorded.name == key else recorded
         key = recorded.name
@@ -66,14 +70,6 @@ def _split_name(argument: str) -> tuple[Path, str | None]:
     if not run or not name:
         raise click.UsageError(f"{argument!r} is not of the form RUN@NAME")
     return Path(run), name
-
-
-def _refuse_experiment(requested: Path, folder: Path) -> None:
-    previous = load_previous_experiment(folder)
-    if previous is not None:
-        known = [str(requested / key) for key in previous.runs]
-        named = f"; name a run: {', '.join(known[:_MAX_NAMED])}" if known else ""
-        raise click.UsageError(f"{requested} is an experiment{named}{', ...' if len(known) > _MAX_NAMED else ''}")
 
 
 def _find_upload(run: Path, name: str | None) -> tuple[str, StoreOptions, Path]:

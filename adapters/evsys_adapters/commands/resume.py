@@ -29,8 +29,8 @@ from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
+from evsys_bus.run_files import lock_folder
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import lock_folder
 
 ATTEMPTS: Final = 3
 """Attempts to query a destination: a short outage should not end a job that a scheduler has restarted."""
@@ -77,7 +77,7 @@ class ResumeReporter:
         """Report that the run continues from this checkpoint."""
         row, name = manifest.row, checkpoint_folder(manifest.row)
         contents = describe_contents(manifest)
-        text = f"{run} goes on after step {row.batch:,}, from {name}: {contents}, fetched from {url}, verified"
+        text = f"{run} continues after step {row.batch:,}, from {name}: {contents}, fetched from {url}, verified"
         facts = {"run": run, "checkpoint": name, "batch": row.batch, "files": len(manifest.files)}
         self._report(text, "fetched", facts | {"bytes": total_bytes(manifest), "url": url})
 
@@ -120,7 +120,15 @@ def fetch_newest(
         OSError: The local disk failed.
     """
     sources = [_Source(url_for(url, LogContext(folder)), options) for url, options in uploads]
-    unfinished = _unfinished_runs(runs, folder)
+    previous = load_previous_experiment(folder)
+    entries = {} if previous is None else previous.runs
+    unfinished: list[_UnfinishedRun] = []
+    for run in runs:
+        entry = entries.get(run.run_key)
+        if entry is None or entry.status != "completed":
+            unfinished.append(
+                _UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending")
+            )
     if not sources or not unfinished:
         return
     with (
@@ -128,17 +136,6 @@ def fetch_newest(
         show_warnings(screen, as_json=mode == "json"),
     ):
         anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
-
-
-def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedRun]:
-    previous = load_previous_experiment(folder)
-    entries = {} if previous is None else previous.runs
-    found: list[_UnfinishedRun] = []
-    for run in runs:
-        entry = entries.get(run.run_key)
-        if entry is None or entry.status != "completed":
-            found.append(_UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending"))
-    return found
 
 
 def _newest_local(run_dir: Path) -> ManifestRow | None:

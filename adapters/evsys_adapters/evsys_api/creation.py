@@ -29,7 +29,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._runs import field, list_or_empty, output_dir_of, run_context, run_id
+from evsys_adapters.common.hook_arguments import field, list_or_empty, output_dir_of, run_context, run_id
 from evsys_adapters.evsys_api.gateway import OperationRefusedError
 from evsys_adapters.evsys_api.records import INDEX, RUN_ID, TAG, Args, experiment_args, run_args
 from evsys_bus.diagnostics import FaultLog, log

@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import anyio
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import field as field_of
-from evsys_adapters._runs import list_or_empty, run_id, step_of
+from evsys_adapters.common.hook_arguments import field as field_of
+from evsys_adapters.common.hook_arguments import list_or_empty, run_id, step_of
+from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import MAX_EVAL_IDS, MAX_NAMES, PendingEval, Run, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,

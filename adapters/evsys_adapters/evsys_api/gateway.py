@@ -27,7 +27,7 @@ from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
-from evsys_adapters._params import require_package
+from evsys_adapters.common.params import require_package
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ class Gateway:
         if session is not None:
             await session.close()
 
-    async def _open(self) -> "aiohttp.ClientSession":
+    async def _post(self, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        authorized = {"Authorization": f"Bearer {api_key(self._config)}"}
         if self._session is None:
             # On a thread: the loop may be the program's own, and the import takes a quarter of a second.
             aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
@@ -188,11 +189,7 @@ class Gateway:
                 trust_env=True,  # proxies, as in EvSys' clients
             )
         assert self._session is not None
-        return self._session
-
-    async def _post(self, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        authorized = {"Authorization": f"Bearer {api_key(self._config)}"}
-        session = await self._open()
+        session = self._session
         try:
             async with session.post(url, data=body, headers=authorized, allow_redirects=False) as reply:
                 failed = reply.status >= HTTPStatus.BAD_REQUEST
@@ -234,7 +231,7 @@ class Gateway:
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
         if status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            after = _seconds(headers.get("Retry-After"))
+            after = retry_after_seconds(headers.get("Retry-After"))
             if after is not None:
                 self._paused_until = time.monotonic() + after
             raise RetryLaterError(what, after_seconds=after)
@@ -249,7 +246,7 @@ def _text(data: bytes) -> str:
     return " ".join(data.decode("utf-8", "replace").split())[:_MAX_SHOWN_CHARS]
 
 
-def _seconds(text: str | None) -> float | None:
+def retry_after_seconds(text: str | None) -> float | None:
     """Parse a Retry-After header: seconds, or a date."""
     if text is None:
         return None

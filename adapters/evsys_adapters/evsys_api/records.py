@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._logged_values import config_of
-from evsys_adapters._runs import field, fields, list_or_empty, run_name
+from evsys_adapters.common.hook_arguments import field, fields, list_or_empty, run_name
+from evsys_adapters.common.logged_values import config_of
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import ManifestRow
 

@@ -18,7 +18,9 @@ from evsys_bus.cli.output.formatting import (
     NO_VALUE,
     format_age,
     format_columns,
+    format_counts,
     format_duration,
+    format_seconds,
     format_table,
     format_time,
     pluralize,
@@ -225,7 +227,7 @@ def problem_lines(status: DeliveryStatus, directory: str | Path | None, *, show_
         )
         parts.append(f"{status.error}{since}")
     if parts:
-        fix = (status.owed_fix if status.owed else None) or status.fix
+        fix = status.suggested_fix
         lines.append(
             _join_parts(f"{status.name}: {': '.join(parts)}", fix, status.log if status.state == "failed" else None)
         )
@@ -258,7 +260,7 @@ def describe_counts(status: DeliveryStatus) -> list[str]:
         (status.hook_failures, "hook failure" if status.hook_failures == 1 else "hook failures"),
         (status.task_failures, "task failure" if status.task_failures == 1 else "task failures"),
     )
-    return [f"{count:,} {word}" for count, word in counts if count]
+    return format_counts(counts)
 
 
 class ProblemMonitor:
@@ -338,7 +340,7 @@ def outcome_lines(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
             ),
             *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
             *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
-            f"{each.seconds:.1f}s",
+            format_seconds(each.seconds),
         ]
         for each in outcomes
     ]
@@ -408,7 +410,7 @@ def undelivered_error(outcome: DeliveryOutcome) -> EvsysBusError | None:
         default_why = f"it accepted no events and gave no reason ({outcome.seconds:.0f} s)"
     elif after.owed:
         what = f"{pluralize(after.owed, 'event')} for {name} stay owed: delivered, but not confirmed by the destination"
-        fix = after.owed_fix or after.fix
+        fix = after.suggested_fix
         why = after.error or outcome.before.error
         error = RetryLaterError(what) if fix is None else ParkedError(what)
         default_why = "the destination gave no reason"

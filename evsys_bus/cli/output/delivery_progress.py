@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
+from evsys_bus.cli.output.formatting import format_event_rate
 from evsys_bus.cli.output.progress import PULSE_SECONDS, ProgressMode, format_json, format_plain, resolve_mode
 from evsys_bus.cli.output.screen import Screen, is_terminal, printable
 from evsys_bus.cli.output.transfers import Facts, line_facts
@@ -101,7 +102,7 @@ class _LineWriter:
         rate = self._rates.rate(status)
         if rate and status.pending and status.state == "delivering":
             facts |= {"events_per_second": round(rate), "eta_seconds": round(status.pending / rate)}
-        fix = status.owed_fix or status.fix
+        fix = status.suggested_fix
         if status.last_error is not None:
             facts |= {"error": status.last_error} | ({"fix": fix} if fix else {})
         return facts
@@ -143,21 +144,16 @@ def _show_bars(screen: Screen, reported: dict[str, str | None]) -> Generator[Del
                 if each.last_error is not None and reported.get(each.name) != each.last_error:
                     # in full, once, above the bars
                     reported[each.name] = each.last_error
-                    fix = each.owed_fix or each.fix
+                    fix = each.suggested_fix
                     note(f"{each.name}: {each.last_error}{f'   fix: {fix}' if fix else ''}")
+                unconfirmed = f"{each.owed:,} owed" if each.owed else ""
+                state = "" if each.state in {None, "delivering"} else str(each.state)
                 progress.update(
                     tasks[each.name],
                     completed=done,
                     total=done + each.pending,
-                    rate=f"{rates.rate(each):,.0f}/s",
-                    state=_describe_state(each),
+                    rate=format_event_rate(rates.rate(each)),
+                    state=" ".join(filter(None, (state, unconfirmed))),
                 )
 
         yield DeliveryView(update, note)
-
-
-def _describe_state(status: DeliveryStatus) -> str:
-    """Return the state in one or two words; the reason is shown above the bars."""
-    unconfirmed = f"{status.owed:,} owed" if status.owed else ""
-    state = "" if status.state in {None, "delivering"} else str(status.state)
-    return " ".join(filter(None, (state, unconfirmed)))

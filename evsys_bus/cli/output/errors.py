@@ -19,6 +19,7 @@ import click
 import evsys_bus
 from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import redact_text
 from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.errors import (
     ConfigError,
@@ -32,6 +33,7 @@ from evsys_bus.errors import (
     TrainingError,
     UntrustedFileError,
 )
+from evsys_bus.tasks.adoption import HOOK_FILENAME_PREFIX
 
 OK: Final = 0
 RAISED: Final = 1
@@ -44,6 +46,8 @@ _KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", 
 _TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
 _HINT: Final = re.compile(r"; (?=did you mean|known: )")
+_MARKS: Final = re.compile(r"[ ~^]+")
+"""A line of a traceback that marks a part of the line above."""
 _PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
@@ -51,7 +55,7 @@ def report(error: BaseException, screen: Screen) -> int:
     """Report an error on stderr, and return the exit code."""
     errors = sorted(_own_errors(error), key=_sort_key)
     if errors:
-        text = printable("\n\n".join(map(str, errors)))
+        text = printable(redact_text("\n\n".join(map(str, errors))))
         if screen.uses_color(sys.stderr):
             text = "\n".join(map(_colorize_line, text.split("\n")))
         screen.note(text)
@@ -61,9 +65,9 @@ def report(error: BaseException, screen: Screen) -> int:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename is not None else ""
         head = screen.style("error", sys.stderr, fg="red", bold=True)
-        screen.note(f"{head}: {printable(f'{error.strerror or error}{place}')}")
+        screen.note(f"{head}: {printable(redact_text(f'{error.strerror or error}{place}'))}")
         return ENVIRONMENT
-    screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
+    screen.note(printable(redact_text("".join(traceback.format_exception(error)).rstrip())))
     return RAISED
 
 
@@ -90,7 +94,7 @@ def report_usage(error: click.ClickException, screen: Screen) -> int:
     text = "".join(
         f"\n{screen.style('fix:', sys.stderr, fg='green', bold=True)} {fix}" for fix in ["   ".join(fixes)] if fix
     )
-    screen.note(f"{head}: {printable(what)}{text}")
+    screen.note(f"{head}: {printable(redact_text(what))}{text}")
     return error.exit_code
 
 
@@ -168,7 +172,9 @@ class _WarningHandler(logging.Handler):
             repeated = self._is_repeated(record, type(error))
             lines = traceback.format_exception_only(error) if repeated else _outside_traceback(error).format()
             return message, "".join(lines).rstrip()
-        if isinstance(trace, str):
+        if record.exc_text:  # in place of the exception, which shows a credential
+            trace = record.exc_text
+        elif isinstance(trace, str):
             message = message.replace(f" traceback={trace}", "").rstrip()
         else:
             message, head, below = message.partition(f"\n{_TRACEBACK_HEAD}")
@@ -194,6 +200,8 @@ class _WarningHandler(logging.Handler):
         width = terminal_width(sys.stderr)
         lines = wrap(f"{head} {printable(first)}", width)
         for line in map(printable, [*more, *trace.splitlines()]):
+            if width is not None and len(line) + 2 > width and _MARKS.fullmatch(line):
+                continue  # the terminal would wrap them, away from what they mark
             lines += [f"  {line}"] if line.startswith(" ") else wrap(line, width, indent="  ")
         return "".join(f"{line}\n" for line in lines)
 
@@ -205,7 +213,11 @@ class _WarningHandler(logging.Handler):
 def _outside_traceback(error: BaseException) -> traceback.TracebackException:
     """Return the traceback without frames of evsys-bus, unless there are no others."""
     trace = traceback.TracebackException.from_exception(error)
-    foreign = [frame for frame in trace.stack if not Path(frame.filename).is_relative_to(_PACKAGE_DIR)]
+    foreign = [
+        frame
+        for frame in trace.stack
+        if not frame.filename.startswith(HOOK_FILENAME_PREFIX) and not Path(frame.filename).is_relative_to(_PACKAGE_DIR)
+    ]
     if foreign:
         trace.stack = traceback.StackSummary.from_list(foreign)
     return trace

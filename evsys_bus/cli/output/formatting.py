@@ -6,7 +6,7 @@ differently, so that no word is broken.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -124,6 +124,35 @@ def format_number(value: float) -> str:
     if magnitude >= _MIN_WHOLE:
         return f"{value:,.0f}"
     return f"{value:.{_decimals(magnitude)}f}"
+
+
+def format_value(value: object) -> str:
+    """Format the value of a metric: integers with all digits, other numbers as by `format_number`."""
+    if value is None:
+        return NO_VALUE
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else format_number(value)
+
+
+def format_counts(counts: Iterable[tuple[int, str]]) -> list[str]:
+    """Return the counts that are not zero, each with its word, as ``120 owed``."""
+    return [f"{count:,} {word}" for count, word in counts if count]
+
+
+def format_progress(done: int, total: int | None, separator: str = "/") -> str:
+    """Return ``120/1,000``, or only the first number if the total is unknown."""
+    return f"{done:,}" if total is None else f"{done:,}{separator}{total:,}"
+
+
+def format_event_rate(per_second: float) -> str:
+    """Return ``1,204/s``."""
+    return f"{per_second:,.0f}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a short duration as ``1.2s``."""
+    return f"{seconds:.1f}s"
 
 
 def format_mean_sd(spread: "Spread | None", *, sd: bool = True) -> str:

@@ -20,12 +20,14 @@ from evsys_bus.cli.output.formatting import (
     NO_VALUE,
     format_duration,
     format_mean_sd,
+    format_progress,
     summarize_error,
 )
 from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import is_terminal, printable
 from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.redact import redact_key
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.tasks import DeliveryStatus
 
@@ -229,7 +231,11 @@ def render(
 ) -> RenderableType:
     """Return the table for a terminal of this size, followed by active uploads and problems of deliveries."""
     now = tracker.clock()
-    below = _upload_lines(uploads, width)
+    below = [
+        format_transfer_bar("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]
+    ]
+    if len(uploads) > _MAX_UPLOADS:
+        below.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
     if tracker.drain_status is None:  # the drain's text includes them
         below += _problem_lines(problems, width, max(0, height - _OVERHEAD - 1 - len(below)))
     notices = _notices(tracker, width)
@@ -248,9 +254,11 @@ def render(
     table.add_column("step", no_wrap=True)
     glue = "/" if width >= _MIN_WIDE_COLUMNS else "/\n"
     table.add_column(
-        f"train{glue}{printable(shown_metrics.train or NO_VALUE)}" if shown_metrics.train else "train", no_wrap=True
+        f"train{glue}{_printable_metric(shown_metrics.train)}" if shown_metrics.train else "train", no_wrap=True
     )
-    table.add_column(glue.join(map(printable, shown_metrics.eval)) if shown_metrics.eval else "eval", no_wrap=True)
+    table.add_column(
+        glue.join(map(_printable_metric, shown_metrics.eval)) if shown_metrics.eval else "eval", no_wrap=True
+    )
     table.add_column("eta", no_wrap=True)
     for arm in shown_arms:
         table.add_row(*_arm_cells(arm, sd=width >= _MIN_FULL_COLUMNS))
@@ -262,6 +270,10 @@ def render(
         parts.append(Text(f"! and {len(failures) - len(shown_failures)} more failed runs", style="red"))
     parts += [Text(""), *below, _dim_line(_footer(tracker, now, hint=width >= _MIN_FULL_COLUMNS))]
     return Group(*parts, *notices)
+
+
+def _printable_metric(name: str) -> str:
+    return printable(redact_key(name))
 
 
 def _notices(tracker: RunStateTracker, width: int) -> list[Text]:
@@ -277,7 +289,7 @@ def _arm_cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
     return [
         Text(printable(arm.arm), style="red" if arm.failed else ""),
         Text(f"{arm.completed}/{arm.runs}{' !' if arm.failed else ''}", style="red" if arm.failed else ""),
-        Text(f"{arm.step:,}/{arm.num_steps:,}" if arm.num_steps else NO_VALUE, style=style),
+        Text(format_progress(arm.step, arm.num_steps) if arm.num_steps else NO_VALUE, style=style),
         Text(_format_metric(arm.train, sd=sd)),
         Text(_format_metric(arm.eval, sd=sd)),
         Text("done" if arm.completed + arm.failed == arm.runs else format_duration(arm.eta)),
@@ -311,22 +323,13 @@ def _render_failure(run: RunProgress, folder: str, width: int) -> RenderableType
     return Group(text, Text("  ", no_wrap=True, overflow="ellipsis") + show)
 
 
-def _upload_lines(uploads: Sequence[Transfer], width: int) -> list[Text]:
-    lines = [
-        format_transfer_bar("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]
-    ]
-    if len(uploads) > _MAX_UPLOADS:
-        lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
-    return lines
-
-
 def _problem_lines(problems: Sequence[DeliveryStatus], width: int, room: int) -> list[Text]:
     """Return the problems in full, each with its fix; those that do not fit are counted."""
     lines: list[Text] = []
     for number, each in enumerate(problems):
         state = f"{each.state}: " if each.state in {"parked", "failed", "retrying"} else ""
         why = "" if each.last_error is None else f"{state}{each.last_error}"
-        fix = each.owed_fix or each.fix
+        fix = each.suggested_fix
         parts = (each.name, ", ".join(describe_counts(each)), why, f"fix: {fix}" if fix and why else "")
         texts = textwrap.wrap(printable("   ".join(filter(None, parts))), max(width, 1), subsequent_indent="  ")
         if len(lines) + len(texts) + (number + 1 < len(problems)) > room:
@@ -379,7 +382,10 @@ def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, wid
         room += figures.pop().cell_len + len(_GAP)
     spare = room - cell_len(name) - len(_GAP)
     if spare >= _MIN_BAR:
-        figures.insert(0, _draw_bar(transfer.fraction, min(spare, _MAX_BAR)))
+        cells = min(spare, _MAX_BAR)
+        halves = int(transfer.fraction * cells * 2)  # a bar with a resolution of half a cell
+        done = "━" * (halves // 2) + "╸" * (halves % 2)
+        figures.insert(0, Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black")))
     shown = Text(_shorten(printable(transfer.run), printable(transfer.checkpoint), room))
     line = Text(_GAP).join([*head, shown, *figures])
     line.truncate(width, overflow="ellipsis")
@@ -395,10 +401,3 @@ def _shorten(run: str, checkpoint: str, room: int) -> str:
     if run_room >= _MIN_RUN:
         return f"{set_cell_size(run, run_room - 1).rstrip()}…/{checkpoint}"
     return checkpoint
-
-
-def _draw_bar(fraction: float, cells: int) -> Text:
-    """Draw a bar with a resolution of half a cell."""
-    halves = int(fraction * cells * 2)
-    done = "━" * (halves // 2) + "╸" * (halves % 2)
-    return Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black"))

@@ -24,6 +24,7 @@ from evsys_bus.cli.output.transfers import (
     transfer_facts,
 )
 from evsys_bus.codec import json_line, to_builtins
+from evsys_bus.codec.redact import current_redaction, redact
 from evsys_bus.diagnostics import log
 from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
@@ -209,9 +210,12 @@ def format_plain(facts: Facts) -> str:
     flat: Facts = {}
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            flat |= {name: each for name, each in cast("Facts", value).items() if name not in flat}
+            flat |= {name: to_builtins(each)[0] for name, each in cast("Facts", value).items() if name not in flat}
         else:
             flat[key] = value
+    redaction = current_redaction()
+    if redaction is not None:
+        redact(flat, redaction)
     return " ".join(f"{_quote(str(key))}={_quote(_format_value(value))}" for key, value in flat.items())
 
 

@@ -90,7 +90,7 @@ class DrainStatus:
         facts |= {"at_most_seconds": self._seconds_left, "hint": self._hint}
         for each in self._unfinished:
             if each.last_error is not None:
-                fix = each.owed_fix or each.fix
+                fix = each.suggested_fix
                 return facts | {"adapter": each.name, "why": each.last_error} | ({"fix": fix} if fix else {})
         return facts
 
@@ -119,7 +119,7 @@ def _format_delivery(status: DeliveryStatus) -> str:
     words = describe_counts(status)
     if status.pending:
         words[0] = pluralize(status.pending, "event")
-    fix = status.owed_fix or status.fix
+    fix = status.suggested_fix
     why = "" if status.last_error is None else f" ({status.last_error}{f'; fix: {fix}' if fix else ''})"
     return printable(f"{status.name}: {', '.join(words)}{why}")
 

@@ -18,8 +18,9 @@ ColorMode = Literal["auto", "always", "never"]
 _DEFAULT_COLUMNS: Final = 80
 
 _STYLE: Final = re.compile(r"\x1b\[[0-9;]*m")
-_WORDS: Final = re.compile(r"(\s*)((?:\S+=)?evsys-bus (?:(?!  |;|$).)+|\S+)")
-"""A gap and a word. A command is one word, because only a line that the terminal itself wraps is copied as one."""
+_WORDS: Final = re.compile(r"(\s*)((?:\S+=)?evsys-bus (?:(?!  |;|$).)+|\S+ ± \S+|[<>]= \S+|\S+)")
+"""A gap and a word. A command is one word, because only a line that the terminal itself wraps is copied as one; so are
+a mean with its deviation, and a sign with its number."""
 _SOURCE_LINE: Final = re.compile(r"\s|\d+ +\|")
 """The beginning of a line that is shown as it is: an indented one, or one of a file."""
 _INDENT: Final = "  "

@@ -20,7 +20,7 @@ class Params(msgspec.Struct, frozen=True):
 
 
 class Line:
-    """Learns w and b of y = 3 x + 1."""
+    """Fits w and b of y = 3 x + 1."""
 
     def __init__(self, lr: float, seed: int, folder: Path) -> None:
         self.lr = lr
@@ -36,7 +36,7 @@ class Line:
             sum(2 * error * x for x, error in errors) / len(errors),
             sum(2 * error for _, error in errors) / len(errors),
         )
-        await asyncio.sleep(0.001)  # stands for a remote backend
+        await asyncio.sleep(0.001)  # in place of a remote backend
         return {"loss": sum(error**2 for _, error in errors) / len(errors)}
 
     async def optim_step(self) -> None:

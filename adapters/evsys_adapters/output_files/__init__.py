@@ -1,0 +1,1 @@
+"""Files that loggers write for each run: who owns them, which events they contain, and their formats."""

@@ -1,0 +1,483 @@
+"""`RunLogger` and `LoggedRun`: the common part of loggers that write a file of records for each run.
+
+    hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
+
+The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
+A note beside the file records which events it has the rows of (`evsys_adapters.output_files.output_positions`);
+without one, as beside files of 0.1.0, rows that may be delivered again are compared with the existing ones.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
+
+import msgspec
+
+from evsys_adapters.common.hook_arguments import (
+    field,
+    first_step_of,
+    is_repeated_start,
+    is_run_of,
+    list_or_empty,
+    rank_of_event,
+    ranked_key,
+    run_id,
+    step_of,
+)
+from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, table_of, values_of
+from evsys_adapters.output_files.output_lease import has_courier
+from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
+from evsys_adapters.output_files.record_file import RecordLog
+from evsys_adapters.output_files.step_tracker import StepTracker
+from evsys_bus.adapter import Ranks
+from evsys_bus.callback import Callback
+from evsys_bus.context import (
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    Prediction,
+    TrainingBatch,
+)
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.savepoints import Mark, Savepoints
+
+UNKNOWN_STEP: Final = 1 << 62
+"""Larger than any step."""
+
+
+class LoggedRunState(
+    msgspec.Struct,
+    omit_defaults=True,
+    rename={"tracker": "course", "last_step": "last", "needs_reorder": "untidy", "largest_step": "top"},
+):
+    """State of one logged run."""
+
+    tracker: StepTracker = msgspec.field(default_factory=StepTracker)
+    last_step: int | None = None
+    """The largest trained step."""
+    evals: dict[str, tuple[int, dict[str, Any]]] = {}
+    """The newest eval of each name: its step and values."""
+    needs_reorder: bool = False
+    """Whether steps came late or evals were repeated, so that the file has to be put in order."""
+    described: bool = False
+    """Whether the configuration was written."""
+    largest_step: int = -1
+    """The largest step in the file; `UNKNOWN_STEP` for a file of an earlier process."""
+    unconfirmed_keys: list[int] = []
+    """Keys of rows that were not in the file when they were delivered; a repeated start may show that they are void."""
+
+    def record_step(self, step: int) -> bool:
+        """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
+        is_late = self.last_step is not None and step < self.last_step
+        void = self.tracker.record_step() and self.void_from(step)
+        self.needs_reorder = self.needs_reorder or (is_late and not void)
+        self.last_step = step if self.last_step is None else max(step, self.last_step)
+        self.largest_step = max(self.largest_step, step)
+        return void
+
+    def new_values(self, name: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of an eval that were not logged yet; NaN equals NaN."""
+        last_step, logged = self.evals.get(name, (step, {}))
+        if last_step != step:
+            logged = {}
+        changed = {key: value for key, value in values.items() if key not in logged or repr(logged[key]) != repr(value)}
+        self.needs_reorder = self.needs_reorder or last_step > step or any(key in logged for key in changed)
+        if last_step <= step:
+            self.evals[name] = (step, {**logged, **values})
+        self.largest_step = max(self.largest_step, step)
+        return changed
+
+    def void_from(self, first_step: int) -> bool:
+        """Training starts at this step; returns whether that voids rows in the file."""
+        self.last_step = first_step - 1 if first_step > 0 else None
+        if first_step > self.largest_step:
+            return False
+        self.largest_step = first_step - 1
+        self.evals = {name: entry for name, entry in self.evals.items() if entry[0] < first_step}
+        self.described = False
+        return True
+
+
+StateT = TypeVar("StateT", bound=LoggedRunState)
+
+
+_MAX_UNCONFIRMED_KEYS: Final = 10_000
+"""Every mark carries them."""
+
+
+class LoggedRun(Generic[StateT]):
+    """One run, and the rows on their way to its file.
+
+    Args:
+        log: Its file.
+        state: State of the run that is not in the file.
+        output: Which events the file has the rows of.
+        lock: A reentrant lock, held while a method changes them, if another thread may.
+    """
+
+    def __init__(
+        self,
+        log: RecordLog,
+        state: StateT,
+        output: TrackedOutput,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self.log = log
+        self.output = output
+        self.lock = threading.RLock() if lock is None else lock
+        self.notes = state
+        self.event_time = 0.0
+        """Publication time of the event being logged; seconds since the epoch."""
+        self._recorded_keys: set[int] | None = None
+        """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
+        self._newest_time = 0.0
+
+    def resume(self) -> None:
+        """The run's start event is repeated; its rows may be, unless the note records which are in the file."""
+        with self.lock:
+            tracker = self.notes.tracker
+            if self.output.is_known and not tracker.position_unknown:
+                tracker.has_started, tracker.rewound = True, False
+            else:
+                tracker.resume()
+
+    def begin(self, first_step: int) -> None:
+        """Training starts at this step: later steps in the file become void."""
+        with self.lock:
+            if self._may_repeat():
+                self.notes.tracker.start_pending(first_step)
+            else:
+                self._apply_start(first_step)
+
+    def add_step(self, step: int, metrics: object) -> None:
+        """Log a training row; None only records the step."""
+        with self.lock:
+            if (
+                not self.notes.tracker.has_started
+                and metrics is not None
+                and self._has_row(TRAIN, step, values_of(metrics))
+            ):
+                self.notes.tracker.resume()  # the start is missing, and this row was logged before
+            if self.notes.tracker.pending_start is not None and metrics is not None:
+                self._resolve_pending_start(is_logged=self._has_row(TRAIN, step, values_of(metrics)))
+            if self.notes.record_step(step):
+                self._void_from(step)
+            if metrics is not None:
+                self._write(TRAIN, step, values_of(metrics))
+
+    def add_eval(self, step: int, name: str, metrics: object) -> None:
+        """Log an eval: only the values that were not logged yet."""
+        with self.lock:
+            values, stream = values_of(metrics), f"{EVAL}{name}"
+            new_values = self.notes.new_values(name, step, values)
+            if self.notes.tracker.pending_start is not None:
+                is_logged = not new_values or self._has_row(stream, step, new_values)
+                self._resolve_pending_start(is_logged=is_logged)
+                new_values = new_values if is_logged else self.notes.new_values(name, step, values)
+            if new_values:
+                self._write(stream, step, new_values)
+
+    def add_benchmark(self, step: int | None, result: object, predictions: object, max_predictions: int) -> None:
+        """Log a benchmark with up to ``max_predictions`` predictions; one without a step was scored after training."""
+        name = str(field(result, "name") or "benchmark")
+        head = f"final/{name}" if step is None else f"{EVAL}{name}"
+        if step is None:
+            self._write_final_scores(head, values_of(field(result, "metrics")))
+        else:
+            self.add_eval(step, name, field(result, "metrics"))
+        if list_or_empty(predictions):
+            self._write_attachment(step, head, "predictions", table_of(predictions, max_predictions))
+        breakdowns = field(result, "breakdowns")
+        if breakdowns:
+            self._write_attachment(step, head, "breakdowns", breakdowns)
+
+    def close(self, *, forget: bool = False) -> None:
+        """Bring the file into order and write buffered rows; the next row opens it again."""
+        with self.lock:
+            if self.notes.needs_reorder:
+                self._reorder()
+            self.log.close(forget_file=forget)
+
+    def _is_repeated(self, key: int) -> bool:
+        """Whether a row is in the file already, and is delivered again after a repeated start."""
+        if not self._may_repeat() or self._recorded_keys is None:
+            return False
+        if key not in self._recorded_keys and len(self.notes.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
+            self.notes.unconfirmed_keys.append(key)
+        return key in self._recorded_keys
+
+    def _may_repeat(self) -> bool:
+        """Whether rows that are delivered now may be in the file."""
+        tracker = self.notes.tracker
+        if not tracker.position_unknown:
+            return False
+        if self._recorded_keys is None:
+            try:
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
+            except OSError as error:
+                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        if self.event_time > self._newest_time:  # everything from here on is new
+            if tracker.pending_start is not None:
+                self._apply_start(tracker.pending_start)
+            tracker.position_unknown, self._recorded_keys = False, None
+            self.notes.unconfirmed_keys = []
+        return tracker.position_unknown
+
+    def _resolve_pending_start(self, *, is_logged: bool) -> None:
+        """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
+        first, self.notes.tracker.pending_start = self.notes.tracker.pending_start, None
+        if first is None:
+            return
+        if not is_logged:
+            self._apply_start(first)
+        elif self.notes.unconfirmed_keys:
+            self._drop_rows(frozenset(self.notes.unconfirmed_keys))
+        self.notes.unconfirmed_keys = []
+
+    def _apply_start(self, first_step: int) -> None:
+        self._recorded_keys = None
+        if self.notes.tracker.start_training() and self.notes.void_from(first_step):
+            self._void_from(first_step)
+
+    def _drop_rows(self, keys: AbstractSet[int]) -> None:
+        """Remove the rows with these keys from the file."""
+        raise NotImplementedError
+
+    def _existing_rows(self) -> tuple[set[int], float]:
+        """Return the keys of all rows in the file, and the time of the newest."""
+        raise NotImplementedError
+
+    def _has_row(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
+        """Whether the file contains this row with the current event time."""
+        raise NotImplementedError
+
+    def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
+        """Log a row."""
+        raise NotImplementedError
+
+    def _write_final_scores(self, head: str, values: Mapping[str, Any]) -> None:
+        """Log the scores of a benchmark that was run after training."""
+        raise NotImplementedError
+
+    def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
+        """Log what a benchmark has besides numbers."""
+        raise NotImplementedError
+
+    def _void_from(self, first_step: int) -> None:
+        """Make this step and later ones void in the file."""
+        raise NotImplementedError
+
+    def _reorder(self) -> None:
+        """Bring the file into order, and record that in the state."""
+        raise NotImplementedError
+
+
+RunT = TypeVar("RunT", bound=LoggedRun[Any])
+
+
+class _LoggerMark(msgspec.Struct, frozen=True, rename={"run_states": "runs"}):
+    files: Mark
+    run_states: dict[str, bytes]
+    """The `LoggedRunState` of each run, encoded: a mark is JSON, which has no NaN."""
+    positions: dict[str, Position] = {}
+
+
+class RunLogger(Callback, Generic[RunT, StateT]):
+    """Logs every run to its own file; behind a courier, a crash neither duplicates nor loses a row.
+
+    Args:
+        state_type: The type of the run's state.
+        max_pred_rows: Maximum number of predictions in the table of one eval.
+        position_file_for: Returns the path of the note of an output.
+    """
+
+    marks_inline: ClassVar[bool] = False
+    placement: ClassVar[Literal["inline", "follow"]] = "follow"
+    ranks: ClassVar[Ranks | None] = "rank0"
+
+    def __init__(self, state_type: type[StateT], max_pred_rows: int, position_file_for: Callable[[Path], Path]) -> None:
+        self._savepoints = Savepoints()
+        self._runs: dict[str, RunT] = {}
+        self._state_type = state_type
+        self._position_writer = PositionWriter(self._savepoints)
+        self._rewound: dict[str, tuple[StateT, Position]] = {}
+        """States restored from the mark, of runs without an event since."""
+        self._left: dict[str, RunT] = {}
+        """Runs whose experiment has ended since the mark."""
+        self._max_pred_rows = max_pred_rows
+        self._position_file_for = position_file_for
+
+    def on_run_start(self, ctx: LogContext) -> None:
+        """Write the description of the run."""
+        self._describe_run(self._run(ctx), ctx)
+
+    def on_train_start(self, state: LoopState) -> None:
+        """Make the steps void that will be run again."""
+        run = self._run(state)
+        first_step = first_step_of(state)
+        if is_repeated_start(self.event):
+            run.resume()
+        elif first_step is not None:
+            self._once(run, lambda: run.begin(first_step))
+        self._describe_run(run, state)
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Log the step's metrics."""
+        del batch
+        run = self._run(state)
+        self._once(run, lambda: run.add_step(step_of(step_idx), metrics))
+
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+        """Log the eval's metrics."""
+        run = self._run(state)
+        self._once(run, lambda: run.add_eval(step_of(step_idx), str(eval_name), metrics))
+
+    def on_benchmark_eval(
+        self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
+    ) -> None:
+        """Log the benchmark's scores and predictions."""
+        at = field(eval_result, "step") if step is None else step
+        known = None if at is None else step_of(at)
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
+
+    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
+        """Bring the file into order and close it."""
+        del artifacts
+        run = self._run(state)
+        self._once(run, lambda: self._train_ends(run, state))
+        run.close()
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
+        """Close the files of the experiment's runs, and drop their state."""
+        for run in self._remove_runs(ctx):
+            self._once(run, lambda run=run: self._experiment_ends(run, result))
+            run.close(forget=True)
+
+    def close(self) -> None:
+        """Bring every file into order, write buffered rows and close it; a later hook continues.
+
+        Raises:
+            OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
+        """
+        for run in [*self._runs.values()]:
+            run.close()
+        self._check_written()
+
+    def _check_written(self) -> None:
+        if not has_courier(self):
+            for run in [*self._left.values(), *self._runs.values()]:
+                run.log.check_written()
+
+    def mark(self) -> Any:
+        """Return the position of all files as plain data; their rows are synced to disk first.
+
+        Raises:
+            OSError: Rows could not be written because the disk refuses them, or were dropped.
+        """
+        written = [*self._left.values(), *self._runs.values()]
+        for run in written:
+            run.log.settle()
+        files = self._position_writer.take(
+            (run.output, msgspec.json.encode(msgspec.msgpack.encode(run.notes)), [run.log.path]) for run in written
+        )
+        self._left = {}
+        known = self._rewound | {key: (run.notes, run.output.position) for key, run in self._runs.items()}
+        states = {key: msgspec.msgpack.encode(notes) for key, (notes, _) in known.items()}
+        return msgspec.to_builtins(_LoggerMark(files, states, {key: position for key, (_, position) in known.items()}))
+
+    def rewind(self, mark: Any) -> None:
+        """Restore the files to their state at the mark. Call it before any hook.
+
+        Raises:
+            OSError: A file cannot be cut.
+        """
+        saved = msgspec.convert(mark, _LoggerMark)
+        runs: dict[str, tuple[StateT, Position]] = {}
+        for key, encoded in saved.run_states.items():
+            notes = msgspec.msgpack.decode(encoded, type=self._state_type)
+            position = saved.positions.get(key) or Position(since=NEXT_STREAM if notes.tracker.has_started else "")
+            runs[key] = (notes, position)
+        trackers = [(notes.tracker, position) for notes, position in runs.values()]
+        self._position_writer.rewind(self, saved.files, trackers, self._position_file_for)
+        self._rewound |= runs
+
+    def _run(self, handle: LoopState | LogContext) -> RunT:
+        key = self._key(handle)
+        run = self._runs.get(key)
+        if run is None:
+            is_followed = has_courier(self)
+            state, position = self._rewound.get(key) or (None, None)
+            if is_followed and key in self._left:
+                state, position = self._left[key].notes, self._left[key].output.position
+            output = TrackedOutput(self._savepoints, position, behind_courier=is_followed)
+            try:
+                run = self._runs[key] = self._open(handle, state, output)
+            except OSError as error:  # a row can be buffered, but the existing rows must be known first
+                raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
+            self._rewound.pop(key, None)
+            self._left.pop(key, None)
+            if state is None and not output.is_known and is_followed and not self._position_writer.has_mark:
+                run.notes.tracker.position_unknown = True  # its cursor may be lost
+        run.event_time = self.event.time
+        return run
+
+    def _key(self, handle: LoopState | LogContext) -> str:
+        return ranked_key(run_id(handle), self._rank())
+
+    def _rank(self) -> int:
+        """Rank of the process that published the event: each rank has its own files."""
+        return rank_of_event(self.event)
+
+    def _restored_runs(self, ctx: LogContext) -> list[str]:
+        """Return the runs of an experiment, of the event's rank, that `rewind` has restored and that had no event."""
+        runs = (key.partition("\0")[0] for key in self._rewound if is_run_of(key, ctx))
+        return [run for run in dict.fromkeys(runs) if ranked_key(run, self._rank()) in self._rewound]
+
+    def _remove_runs(self, ctx: LogContext) -> Iterator[RunT]:
+        """Yield the runs of an experiment while removing them from the registry."""
+        self._rewound = {key: state for key, state in self._rewound.items() if not is_run_of(key, ctx)}
+        for key in [each for each in self._runs if is_run_of(each, ctx)]:
+            run = self._left[key] = self._runs.pop(key)
+            run.event_time = self.event.time
+            yield run
+
+    def _once(self, run: RunT, log: Callable[[], object]) -> None:
+        """Call ``log`` unless the file has the event's rows: events repeat where a cursor was lost or is older."""
+        event = self.event
+        if not run.output.is_handled(event):
+            log()
+            run.output.add(event)
+
+    def _known(self, output: TrackedOutput, place: Path, others: Iterable[Path] = ()) -> StateT | None:
+        """Return the run's state from the note of an output that is newer than the mark, and restore its files to it.
+
+        Raises:
+            OSError: The disk refuses it.
+        """
+        known = output.restore(place, self._position_file_for(place), others)
+        if known is None:
+            return None
+        return msgspec.msgpack.decode(msgspec.json.decode(known, type=bytes), type=self._state_type)
+
+    def _train_ends(self, run: RunT, state: LoopState) -> None:
+        """The training has ended."""
+        del state
+        run.notes.tracker.rewound = False
+
+    def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
+        """The run's experiment has ended."""
+
+    def _open(self, handle: LoopState | LogContext, state: StateT | None, output: TrackedOutput) -> RunT:
+        """Open the run on its first event, or its first event after `rewind`, then with its state."""
+        raise NotImplementedError
+
+    def _describe_run(self, run: RunT, handle: LoopState | LogContext) -> None:
+        """Write the description of the run if it is missing."""
+        raise NotImplementedError

@@ -1,0 +1,82 @@
+"""Rows that were logged in parts and whose program ended before they were complete: their parts make the row."""
+
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.codec import decode
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import CodecError, JournalVersionError
+from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart, event_tag
+from evsys_bus.journal import JournalReader
+
+_PART_TAG: Final = event_tag(Metrics).encode()
+_ROW_TAG: Final = event_tag(StepEnd).encode()
+
+
+class OpenRows:
+    """The open row of each run, from the events of its stream in their order. False if no row is open."""
+
+    def __init__(self) -> None:
+        self._rows: Final[dict[tuple[str, str], _OpenRow]] = {}
+        """By stream and run; a run has one open row at most, since the row before is published first."""
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def update(self, envelope: Envelope) -> None:
+        """Add a part, remove a row that was published whole, or the rows that a resumed training makes anew."""
+        event, key = envelope.event, (envelope.stream, envelope.run or "")
+        row = self._rows.get(key)
+        if isinstance(event, Metrics):
+            if row is None or row.step != event.step_idx:
+                row = self._rows[key] = _OpenRow(envelope, event.step_idx)
+            row.metrics.update(event.metrics)
+            row.last_part = envelope
+        elif isinstance(event, StepEnd):
+            if row is not None and row.step == event.step_idx:
+                del self._rows[key]
+        elif isinstance(event, TrainStart):
+            first_step: Any = event.state.step
+            for each in [*self._rows]:
+                if each[1] == key[1] and type(first_step) is int and self._rows[each].step >= first_step:
+                    del self._rows[each]
+
+    def restore(self, reader: JournalReader, stream: str, first: int, last: int) -> None:
+        """Read the events of a stream from ``first`` to ``last`` again."""
+        try:
+            for record in reader.read(stream, first - 1):
+                if record.sequence > last:
+                    break
+                if _PART_TAG in record.payload or _ROW_TAG in record.payload:
+                    self.update(decode(record.payload))
+        except (OSError, CodecError, JournalVersionError) as error:
+            log().warning("courier.parts_unreadable", stream=stream, exc_info=error)
+
+    def first_parts(self) -> dict[str, int]:
+        """Return the sequence of the oldest part of an open row, by stream."""
+        found: dict[str, int] = {}
+        for (stream, _), row in self._rows.items():
+            found[stream] = min(row.first_sequence, found.get(stream, row.first_sequence))
+        return found
+
+    def of(self, stream: str) -> list[Envelope]:
+        """Return the open rows of a stream that has ended, each as a `StepEnd` in place of its last part."""
+        return [row.to_envelope() for key, row in self._rows.items() if key[0] == stream]
+
+    def remove(self, stream: str) -> None:
+        """Remove the open rows of a stream."""
+        for key in [each for each in self._rows if each[0] == stream]:
+            del self._rows[key]
+
+
+class _OpenRow:
+    def __init__(self, first_part: Envelope, step: int) -> None:
+        self.step = step
+        self.metrics: dict[str, Any] = {}
+        self.first_sequence: Final = first_part.seq
+        self.last_part = first_part
+
+    def to_envelope(self) -> Envelope:
+        part: Any = self.last_part.event
+        return msgspec.structs.replace(self.last_part, event=StepEnd(part.state, self.step, metrics=self.metrics))

@@ -1,0 +1,109 @@
+"""What a run stores beside numbers: texts, tables, pictures, files."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.bus import EventBus
+from evsys_bus.context import ContentItem, ContentKind, LoopState
+from evsys_bus.events import Content, Event
+from evsys_bus.front.media import store_content, summarize_value
+from evsys_bus.front.rows import Row
+
+PLAIN: Final = frozenset({float, int, bool, str, type(None)})
+"""Types of metrics that are logged unchanged."""
+
+
+class ContentLogger:
+    """The methods of a `Run` that store content: once in ``<run>/media``, and by reference in the journal.
+
+    Raises:
+        EventError: The content cannot be stored.
+    """
+
+    bus: EventBus
+    state: LoopState
+    path: Path
+
+    def text(self, name: str, text: str, *, step: int | None = None) -> ContentItem:
+        """Store a text."""
+        return self._store("text", name, text, step)
+
+    def table(
+        self, name: str, rows: Any = None, *, columns: Iterable[str] | None = None, step: int | None = None
+    ) -> ContentItem:
+        """Store a table: rows with the names of their columns, a list of dicts, or a data frame."""
+        return self._store("table", name, rows, step, columns=None if columns is None else [*columns])
+
+    def histogram(self, name: str, values: Any, *, bins: int = 64, step: int | None = None) -> ContentItem:
+        """Store the distribution of values, or one as ``(counts, edges)``."""
+        return self._store("histogram", name, values, step, bins=bins)
+
+    def image(self, name: str, image: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
+        """Store an image: a path, the bytes of a file, a Pillow image, or an array (HW, HWC or CHW; uint8 or 0..1)."""
+        return self._store("image", name, image, step, caption=caption)
+
+    def audio(
+        self,
+        name: str,
+        audio: Any,
+        *,
+        sample_rate: int | None = None,
+        caption: str | None = None,
+        step: int | None = None,
+    ) -> ContentItem:
+        """Store a sound: a path, the bytes of a file, or an array with its sample rate in Hz."""
+        return self._store("audio", name, audio, step, caption=caption, sample_rate=sample_rate)
+
+    def video(self, name: str, video: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
+        """Store a video: a path, or the bytes of a file."""
+        return self._store("video", name, video, step, caption=caption)
+
+    def figure(self, name: str, figure: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
+        """Store a figure of matplotlib, as PNG, or of plotly, as HTML."""
+        return self._store("figure", name, figure, step, caption=caption)
+
+    def html(self, name: str, html: str | os.PathLike[str], *, step: int | None = None) -> ContentItem:
+        """Store HTML: a text, or the path of a file."""
+        return self._store("html", name, html, step)
+
+    def artifact(self, name: str, path: str | os.PathLike[str], *, type: str | None = None) -> ContentItem:  # noqa: A002 # the field's word
+        """Store a copy of a file or a directory, such as a data set."""
+        return self._store("artifact", name, path, None, artifact_type=type)
+
+    def _plain_part(self, part: Row, step: int | None) -> Row:
+        """Return the part with numbers in place of arrays; large ones are stored as histograms."""
+        plain: Row = {}
+        for name, value in part.items():
+            if type(value) in PLAIN:
+                plain[name] = value
+                continue
+            summary = summarize_value(value)
+            if isinstance(summary, ContentItem):
+                self._publish(Content(self.state, self._step_of(step), msgspec.structs.replace(summary, name=name)))
+            else:
+                plain[name] = summary
+        return plain
+
+    def _store(
+        self, kind: ContentKind, name: str, value: Any, step: int | None, caption: str | None = None, **options: Any
+    ) -> ContentItem:
+        if not self._is_usable():
+            return ContentItem(kind, name)
+        item = store_content(self.path, kind, name, value, caption=caption, redaction=self.bus.redaction, **options)
+        number = None if kind == "artifact" else self._step_of(step)
+        self._publish(Content(self.state, number, item))
+        return item
+
+    @abstractmethod
+    def _is_usable(self) -> bool: ...
+
+    @abstractmethod
+    def _publish(self, event: Event) -> None: ...
+
+    @abstractmethod
+    def _step_of(self, step: int | None) -> int: ...

@@ -1,0 +1,70 @@
+"""Rows of metrics that are logged in parts: each part is recorded at once, the whole row once it is complete."""
+
+import threading
+from typing import Any, Final
+
+from evsys_bus.context import LoopState
+
+MAX_PARTS: Final = 1_024
+"""Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
+Row = dict[str, Any]
+
+
+class OpenRow:
+    """The row of a run that is not complete yet. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        """The step of the row; None if there is no open row."""
+        self._metrics: Row = {}
+        self._parts = 0
+        self._lock: Final = threading.Lock()
+
+    def add(self, step: int, part: Row, *, commit: bool) -> tuple[list[tuple[int, Row]], bool]:
+        """Add a part; return the rows that are complete now, as steps and metrics, and whether the part is in them.
+
+        A part of an earlier step than that of the open row is a row of its own: receivers merge rows of one step.
+        """
+        complete: list[tuple[int, Row]] = []
+        with self._lock:
+            open_step = self.step
+            if open_step == step:
+                self._metrics.update(part)
+                self._parts += 1
+            elif open_step is None or step > open_step:
+                if open_step is not None:
+                    complete.append((open_step, self._metrics))
+                self.step, self._metrics, self._parts = step, part, 1
+            else:
+                return [(step, part)], True
+            is_complete = commit or self._parts >= MAX_PARTS
+            if is_complete:
+                complete.append((step, self._metrics))
+                self.step = None
+        return complete, is_complete
+
+    def take(self, step: int | None = None) -> list[tuple[int, Row]]:
+        """Return the open row, which is complete now, or nothing; with a step, only if it is of that step."""
+        with self._lock:
+            if self.step is None or (step is not None and step != self.step):
+                return []
+            complete = [(self.step, self._metrics)]
+            self.step = None
+        return complete
+
+
+class RowMerger:
+    """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
+
+    def __init__(self) -> None:
+        self.rows: Final[dict[str, OpenRow]] = {}
+        """The open row of each run, by run key."""
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
+        """Merge; values of the event itself win."""
+        row = self.rows.get(getattr(state, "run_key", ""))
+        if row is None or row.step != step_idx:
+            return
+        for _, parts in row.take(step_idx):
+            for name, value in parts.items():
+                metrics.setdefault(name, value)

@@ -1,0 +1,499 @@
+"""`Run`: one run as an object that logs metrics, evals, checkpoints and content to a bus.
+
+Every method publishes one event, which is on record when the method returns.
+"""
+
+import itertools
+import os
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import msgspec
+
+from evsys_bus.bus import EventBus
+from evsys_bus.codec import error_text
+from evsys_bus.context import (
+    ArmResult,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    RunResult,
+    Status,
+    TrainingBatch,
+    to_int,
+)
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import EvsysBusError, TrainingError
+from evsys_bus.events import (
+    Alert,
+    Checkpoint,
+    ConfigUpdate,
+    Environment,
+    EpochEnd,
+    Eval,
+    Event,
+    Metrics,
+    RunEnd,
+    RunStart,
+    StepEnd,
+    Summary,
+    TrainEnd,
+    TrainStart,
+)
+from evsys_bus.front.content import PLAIN, ContentLogger
+from evsys_bus.front.current import activated, add_open, remove_open
+from evsys_bus.front.mappings import RunConfig, RunSummary
+from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
+from evsys_bus.front.rows import OpenRow, Row, RowMerger
+from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
+
+Capture = Literal["auto", True, False]
+_NO_BATCH: Final = TrainingBatch()
+_ENVIRONMENT_SECONDS: Final = 2.0
+_EXIT_WAIT_SECONDS: Final = 0.5
+"""How long leaving waits for the environment of a run that was shorter than its collection."""
+
+
+class Run(ContentLogger):
+    """One run on a bus. Made by `evsys_bus.run` and `EventBus.run`; used as a context manager.
+
+    All methods may be called from any thread. In a forked child they do nothing.
+
+    Raises:
+        TrainingError: A method is called before the run was entered, or after it was left.
+    """
+
+    def __init__(
+        self,
+        bus: EventBus,
+        state: LoopState,
+        *,
+        owns_bus: bool = False,
+        first_step: int | None = None,
+        environment: bool = True,
+        output: bool = True,
+        previous: RunFile | None = None,
+    ) -> None:
+        assert state.ctx is not None
+        self.bus = bus
+        self.state = state
+        """Passed to hooks; ``state.step`` is the current step."""
+        self.ctx: Final = state.ctx
+        self.path = state.output_dir
+        """The run's directory, absolute."""
+        self.resumed: ManifestRow | None = None
+        """The newest recorded checkpoint whose files exist, if an earlier attempt goes on."""
+        self.is_open = False
+        self.is_forked = False
+        config = self.ctx.run_config
+        self.config: Final = RunConfig(self._update_config, config)
+        """The settings as plain data. ``run.config.update({...})`` records what is known only later."""
+        self.summary: Final = RunSummary(self._set_summary)
+        """Values of the run as a whole: ``run.summary["best"] = 0.93`` records one."""
+        if config is None or isinstance(config, Mapping):
+            self.ctx.run_config = self.config
+        self._owns_bus: Final = owns_bus
+        self._environment: Final = environment
+        self._output: Final = output
+        self._first_step: Final = first_step
+        self._file = RunFile() if previous is None else previous
+        self._is_continued: Final = previous is not None
+        self._was_entered = False
+        self._manifest: Final = RowFile(self.path / MANIFEST)
+        self._checkpoints: Final[list[ManifestRow]] = []
+        self._row: Final = OpenRow()
+        self._row_merger: RowMerger | None = None
+        self._last_metrics: Row = {}
+        self._next_step = 0
+        self._loop_step: int | None = None
+        self._stack: Final = ExitStack()
+        self._background: threading.Thread | None = None
+        self._faults: Final = FaultLog()
+
+    # -- what a program logs ------------------------------------------------------------------------------------------
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False) -> None:
+        """Log metrics of a step; may be called several times for one step, and adds to its row each time.
+
+        The row is complete, and reaches the callbacks, with ``commit=True``, when a later step comes, or at the end.
+
+        Args:
+            metrics: Numbers by name; a large array is stored as a histogram.
+            step: The step. Default: that of the loop over `steps`; without one, each call is a step of its own.
+            commit: Whether this was the last part of the step.
+        """
+        if not (self.is_open or self._is_usable()):
+            return
+        part: Row = {**metrics}
+        if not PLAIN.issuperset(map(type, part.values())):
+            part = self._plain_part(part, step)
+        if step is None:
+            step = self._loop_step
+            if step is None:
+                step, commit = self._next_step, True
+        elif type(step) is not int:
+            step = _whole(step)
+        if step >= self._next_step:
+            self._next_step = step + 1
+        complete, is_complete = self._row.add(step, part, commit=commit)
+        for row_step, row in complete:  # before the part, so that a run has one open row on record at most
+            self._last_metrics = row
+            self.bus.publish(StepEnd(self.state, row_step, _NO_BATCH, row))
+        if not is_complete:
+            if self._row_merger is None:
+                self._merge_rows_of_others()
+            self.bus.publish(Metrics(self.state, step, part))
+
+    def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
+        """Log the result of an evaluation."""
+        self._publish(Eval(self.state, self._step_of(step), name, {**metrics}))
+
+    def checkpoint(
+        self,
+        name: str,
+        *,
+        state_path: str | os.PathLike[str] | None = None,
+        sampler_path: str | os.PathLike[str] | None = None,
+        step: int | None = None,
+        epoch: int = 0,
+    ) -> ManifestRow:
+        """List a checkpoint in ``checkpoints.jsonl`` and publish it, once its files are complete.
+
+        Args:
+            name: Unique within the run.
+            state_path: The full state, to resume from; a relative path is relative to the working directory.
+            sampler_path: The weights alone.
+            step: The step after which it was saved.
+            epoch: The epoch, 0-based.
+        """
+        row = ManifestRow(name, self._step_of(step), epoch, _location(state_path), _location(sampler_path))
+        if self._is_usable():
+            fields = msgspec.structs.asdict(row)
+            del fields["stopped"]
+            self._manifest.append(fields)
+            self._checkpoints.append(row)
+            self._publish_rows(self._row.take())
+            self.bus.publish(Checkpoint(self.state, row))
+        return row
+
+    def epoch_end(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Log the end of a pass over the data; epochs are 0-based."""
+        self._publish(EpochEnd(self.state, epoch, {**(metrics or {})}))
+
+    def alert(self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning") -> None:
+        """Log something that a person should see."""
+        self._publish(Alert(self.ctx, title, text, level))
+
+    def define_metric(self, name: str, x: str) -> None:
+        """Draw a metric, or all that begin with ``name`` without a final ``*``, over another metric than the step."""
+        self.ctx.extras["axes"] = {**self.ctx.extras.get("axes", {}), name: x}
+        self._update_config({})
+
+    def publish(self, event: Event) -> None:
+        """Publish an event of your own, or one that has no method here."""
+        self._publish(event)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def steps(self, num_steps: int | None = None) -> Generator[int]:
+        """Yield the steps of the training, until a stop is requested; a resumed run begins behind its checkpoint.
+
+        Args:
+            num_steps: How many steps the run has in all. Default: as given to `run`; if None too, without end.
+        """
+        if num_steps is not None:
+            self.state.num_steps = num_steps
+        end = self.state.num_steps
+        numbers: Iterator[int] = itertools.count(self.state.step) if end is None else iter(range(self.state.step, end))  # pyright: ignore[reportUnnecessaryComparison]
+        try:
+            for step in numbers:
+                if self.state.stop_requested:
+                    return
+                self.state.step = self._loop_step = step
+                yield step
+                self._publish_rows(self._row.take(step))
+        finally:
+            self._loop_step = None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop was requested, by `request_stop` or a callback."""
+        return self.state.stop_requested
+
+    def request_stop(self, reason: str | None = None) -> None:
+        """Ask the loop to stop after the current step."""
+        self.state.request_stop(reason)
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The run key: the name under which every record has the run."""
+        return self.state.run_key
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Short words to find the run by; assign to change them."""
+        return tuple(self.ctx.extras.get("tags", ()))
+
+    @tags.setter
+    def tags(self, tags: Iterable[str]) -> None:
+        self.ctx.extras["tags"] = [*tags]
+        self._update_config({})
+
+    @property
+    def notes(self) -> str | None:
+        """A text about the run; assign to change it."""
+        return self.ctx.extras.get("notes")
+
+    @notes.setter
+    def notes(self, notes: str | None) -> None:
+        self.ctx.extras["notes"] = notes
+        self._update_config({})
+
+    def activate(self) -> AbstractContextManager["Run"]:
+        """Make this the run that `current_run` returns inside the block, where several are open."""
+        return activated(self)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name!r}, {'open' if self.is_open else 'not open'}, in {str(self.path)!r}>"
+
+    # -- starting and ending ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._owns_bus:
+            self._stack.enter_context(self.bus)
+        return self._enter()
+
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        try:
+            self.finish(_status_of(error), error)
+        finally:
+            self._stack.__exit__(None if error is None else type(error), error, None)
+
+    async def __aenter__(self) -> Self:
+        if self._owns_bus:
+            await self.bus.__aenter__()
+        try:
+            return self._enter()
+        except BaseException as error:
+            if self._owns_bus:
+                await self.bus.__aexit__(type(error), error, error.__traceback__)
+            raise
+
+    async def __aexit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        try:
+            self.__exit__(None, error)
+        finally:
+            if self._owns_bus:
+                await self.bus.__aexit__(None if error is None else type(error), error, None)
+
+    def start(self) -> Self:
+        """Enter the run where no ``with`` is possible; `close` leaves it again."""
+        return self.__enter__()
+
+    def close(self, status: Status = "completed", error: BaseException | None = None) -> None:
+        """Leave a run that was entered with `start`."""
+        try:
+            self.finish(status, error)
+        finally:
+            self._stack.close()
+
+    def _enter(self) -> Self:
+        if self._was_entered:
+            raise TrainingError("a run is entered once; this one was entered before", fix="open another run")
+        self._was_entered = True
+        try:
+            self._open()
+            self._stack.enter_context(activated(self))
+        except BaseException as error:
+            self._stack.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _open(self) -> None:
+        if not self.bus.rank:
+            self._stack.enter_context(lock_folder(self.path, "the run's directory"))
+            if self._output:
+                self._capture_output()
+            self._save_start()
+        self.is_open = True
+        add_open(self)
+        self.bus.runs.append(self)
+        self.bus.publish(RunStart(self.ctx))
+        if self._environment:
+            self._background = threading.Thread(
+                target=self._record_environment, name="evsys-bus-environment", daemon=True
+            )
+            self._background.start()
+        self.bus.publish(TrainStart(self.state))
+
+    def _save_start(self) -> None:
+        started_at = self._file.started_at or now()
+        if self._is_continued:
+            self.resumed = newest_checkpoint(self._manifest)
+        self._file = RunFile(attempts=self._file.attempts + self._is_continued, started_at=started_at)
+        self._file.save(self.path)
+        first_step = self._first_step
+        if first_step is None:
+            first_step = 0 if self.resumed is None else self.resumed.batch + 1
+        self.state.step = self._next_step = first_step
+        if self._is_continued:
+            log().info("run.resumed", run=self.name, first_step=first_step, attempt=self._file.attempts)
+
+    def finish(
+        self, status: Status = "completed", error: BaseException | None = None, *, implied: bool = False
+    ) -> None:
+        """Publish the last row and the ends of the run; its bus stays open. Does nothing if the run has ended.
+
+        Args:
+            status: How it ended.
+            error: The exception that ended it; its traceback goes to ``error.txt`` unless the run was cancelled.
+            implied: Whether the bus ends a run that the program has left open.
+        """
+        if not self.is_open:
+            return
+        self.is_open = False
+        remove_open(self)
+        self.bus.runs.remove(self)
+        self._publish_rows(self._row.take())
+        self._join_background()
+        self.state.error = error
+        self._manifest.flush()
+        artifacts = LoopArtifacts(
+            str(self.path), str(self._manifest.path), self._checkpoints, self.state.num_steps or self._next_step
+        )
+        result = RunResult(
+            status=status,
+            metrics=self._last_metrics,
+            artifacts=artifacts,
+            error=None if error is None else error_text(error),
+            implied=implied,
+        )
+        arm = ArmResult(
+            name=self.ctx.group_name or self.name,
+            run_config=self.ctx.run_config,
+            status=status,
+            metrics=self._last_metrics,
+            error=result.error,
+            run_result=result,
+        )
+        self.bus.publish(TrainEnd(self.state, artifacts))
+        self.bus.publish(RunEnd(self.ctx, result, arm))
+        if not self.bus.rank:
+            self._save_end(status, error)
+
+    def end_implied(self, error: BaseException | None) -> None:
+        """End the run because its bus is left."""
+        try:
+            self.finish(_status_of(error), error, implied=True)
+        finally:
+            self._stack.close()
+
+    def _save_end(self, status: Status, error: BaseException | None) -> None:
+        if status == "failed" and error is not None:
+            write_error_file(self.path, error)
+        elif status == "completed":
+            remove_error_file(self.path)
+        # A run that was stopped before its last step goes on when the program is started again.
+        stopped_early = status == "completed" and self.state.stopped_early
+        self._file.status = "stopped" if stopped_early else status
+        self._file.ended_at = now()
+        self._file.save(self.path)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _is_usable(self) -> bool:
+        if self.is_open:
+            return True
+        if self.is_forked:
+            self._faults.warn(
+                "run.forked", "fork", run=self.name, why="this process was forked from the one that opened it"
+            )
+            return False
+        raise TrainingError(f"the run {self.name!r} is not open", fix="log inside its `with` block")
+
+    def _publish(self, event: Event) -> None:
+        if self._is_usable():
+            self.bus.publish(event)
+
+    def _publish_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
+        for step, metrics in rows:
+            self._last_metrics = metrics
+            self.bus.publish(StepEnd(self.state, step, _NO_BATCH, metrics))
+
+    def _merge_rows_of_others(self) -> None:
+        """Have the open row added to a StepEnd that another part of the program publishes."""
+        merger = self.bus.row_merger
+        if merger is None:
+            merger = self.bus.row_merger = RowMerger()
+            self.bus.add_first(merger)
+        merger.rows[self.name] = self._row
+        self._row_merger = merger
+
+    def _step_of(self, step: int | None) -> int:
+        if step is not None:
+            return _whole(step)
+        return self._loop_step if self._loop_step is not None else max(self._next_step - 1, 0)
+
+    def _update_config(self, changed: dict[str, Any]) -> None:
+        if self.is_open:
+            self._publish(ConfigUpdate(self.ctx, changed))
+
+    def _set_summary(self, values: dict[str, Any]) -> None:
+        self._publish(Summary(self.ctx, values))
+
+    def _capture_output(self) -> None:
+        from evsys_bus.front.output import OutputCapture  # only where output is captured
+
+        capture = OutputCapture(self.path / "output.log")
+        capture.start()
+        self._stack.callback(capture.stop)
+
+    def _record_environment(self) -> None:
+        from evsys_bus.front.environment import collect_environment  # on this thread: its imports take a while
+
+        try:
+            facts = collect_environment(timeout=_ENVIRONMENT_SECONDS)
+            diff = facts.pop("diff", None)
+            if diff:
+                (self.path / "diff.patch").write_text(diff, encoding="utf-8", errors="replace")
+            if self.is_open:
+                self.bus.publish(Environment(self.ctx, facts))
+        except (OSError, EvsysBusError) as error:
+            log().warning("run.environment_not_recorded", run=self.name, error=error_text(error))
+
+    def _join_background(self) -> None:
+        if self._background is not None:
+            self._background.join(_EXIT_WAIT_SECONDS)
+
+
+def _status_of(error: BaseException | None) -> Status:
+    import asyncio  # the bus has imported it
+
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "completed"
+    is_request = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError)
+    return "cancelled" if is_request else "failed"
+
+
+def _whole(step: Any) -> int:
+    try:
+        return to_int(step)
+    except Exception as error:
+        raise TrainingError(
+            f"the step is {step!r:.80}, which is no whole number",
+            why="rows, files and charts are keyed by the step",
+            fix="give an int: run.log(metrics, step=int(...))",
+        ) from error
+
+
+def _location(path: str | os.PathLike[str] | None) -> str | None:
+    """Return a path as an absolute one, and a URL unchanged."""
+    if path is None:
+        return None
+    text = os.fspath(path)
+    return text if "://" in text else str(Path(text).expanduser().absolute())

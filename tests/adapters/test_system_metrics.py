@@ -1,0 +1,220 @@
+"""system_metrics: what is sampled beside the loop, where it is recorded, and which adapters get it."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from evsys_adapters import CsvMetricsCallback, SystemMetricsCallback
+from evsys_adapters.system_metrics import Machine, SystemMetrics
+from evsys_bus import (
+    Callback,
+    EventBus,
+    LogContext,
+    LoopState,
+    RunEnd,
+    RunResult,
+    RunStart,
+    StepEnd,
+    TrainEnd,
+    TrainingBatch,
+    TrainStart,
+)
+from evsys_bus.context import ArmResult, LoopArtifacts
+from evsys_bus.errors import ConfigError
+from evsys_bus.journal import JournalReader, verify
+from evsys_bus.testing import RecordingSink, conformance
+from support.couriers import counted, deliver
+
+THREAD = "evsys-bus:system_metrics"
+
+
+def sampling_threads():
+    return [each for each in threading.enumerate() if each.name == THREAD]
+
+
+def wait_for(condition):
+    until = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def samples(journal):
+    reader = JournalReader(journal)
+    return [record for stream in reader.streams("s") for record in reader.read(stream)]
+
+
+def train(bus, folder, *, steps=3, samples_at=(), journal=None):
+    ctx = LogContext(folder).for_run("ppo")
+    state = LoopState(0, steps, ctx.run_dir, ctx=ctx)
+    bus.publish(RunStart(ctx))
+    bus.publish(TrainStart(state))
+    for step in range(steps):
+        state.step = step
+        bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 1.0}))
+        if step in samples_at:
+            before = len(samples(journal))
+            wait_for(lambda before=before: len(samples(journal)) > before + 1)
+    bus.publish(TrainEnd(state, LoopArtifacts()))
+    bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
+
+
+def test_the_machine_and_the_process_are_sampled(tmp_path):
+    machine = Machine(gpus=False)
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:  # so that percentages have something to count
+        pass
+    values = machine.sample()
+    assert {"cpu/percent", "cpu/process_percent", "memory/percent", "memory/process_bytes"} <= set(values)
+    assert {"network/received_bytes_per_second", "process/threads"} <= set(values)
+    assert values["cpu/process_percent"] > 0
+    assert values["memory/process_bytes"] > 1e6
+    disk = machine.disk(tmp_path / "not" / "there" / "yet")
+    assert 0 <= disk["disk/percent"] <= 100
+    machine.close()
+
+
+def test_without_a_gpu_nothing_of_gpus_is_sampled_and_nothing_fails(tmp_path):
+    machine = Machine(gpus=True)
+    assert all(isinstance(each, float) for each in machine.sample().values())
+    machine.close()
+    machine.close()
+
+
+async def test_samples_reach_other_adapters_with_time_and_step_and_are_no_training_rows(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[2], journal=journal)
+        assert not [each for each in bus.health().hooks if each.failures]
+    reader = JournalReader(journal)
+    assert len(reader.streams()) == 1
+    [stream] = reader.streams("s")
+    seen = RecordingSink()
+    courier = await deliver(journal, seen)
+    assert counted(courier)[1:] == (0, 0)
+    sampled = [each for each in seen.envelopes if each.stream == stream]
+    assert {type(each.event) for each in sampled} == {SystemMetrics}
+    assert not [each for each in seen.envelopes if each.stream != stream and type(each.event) is SystemMetrics]
+    last = sampled[-1]
+    assert (last.run, last.event.step, last.event.ctx.run_key) == ("ppo", 2, "ppo")
+    assert last.event.values["cpu/percent"] >= 0
+    assert abs(last.time - time.time()) < 60
+
+
+async def test_a_followed_callback_has_a_hook_for_them(tmp_path, journal):
+    class Seen(Callback):
+        def __init__(self):
+            self.calls = []
+
+        def on_system_metrics(self, ctx, values, step):
+            self.calls.append((ctx.run_key, "memory/percent" in values, step))
+
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1], journal=journal)
+    seen = Seen()
+    await deliver(journal, seen)
+    assert ("ppo", True, 1) in seen.calls
+
+
+async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[0], journal=journal)
+    assert samples(journal)
+    await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
+    assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+def test_the_thread_runs_while_a_run_is_open_and_ends_with_it(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        assert not sampling_threads()
+        ctx = LogContext(tmp_path).for_run("ppo")
+        bus.publish(RunStart(ctx))
+        assert len(sampling_threads()) == 1
+        bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
+        wait_for(lambda: not sampling_threads())
+        bus.publish(RunStart(ctx))  # resumed in the same process
+        wait_for(lambda: samples(journal))
+    assert not sampling_threads()
+
+
+def test_a_bus_that_is_left_with_an_open_run_ends_the_thread_at_once(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(60)], journal=journal) as bus:
+        bus.publish(RunStart(LogContext(tmp_path).for_run("ppo")))
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert not sampling_threads()
+
+
+def test_two_runs_at_once_have_samples_of_their_own(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        for key in ("a", "b"):
+            bus.publish(RunStart(LogContext(tmp_path).for_run(key)))
+        assert len(sampling_threads()) == 1
+        wait_for(lambda: len(samples(journal)) >= 4)
+    payloads = b"".join(each.payload for each in samples(journal))
+    assert payloads.count(b"cpu/percent") >= 4
+
+
+async def test_a_loop_without_a_run_start_is_sampled_too(tmp_path, journal):
+    state = LoopState(0, 3, tmp_path / "alone")
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        bus.publish(TrainStart(state))
+        wait_for(lambda: samples(journal))
+        bus.publish(TrainEnd(state, LoopArtifacts()))
+        wait_for(lambda: not sampling_threads())
+    seen = RecordingSink()
+    await deliver(journal, seen)
+    sampled = next(each for each in seen.envelopes if type(each.event) is SystemMetrics)
+    assert sampled.run == "alone"
+    assert str(sampled.event.ctx.output_dir) == str(tmp_path / "alone")
+
+
+def test_a_second_process_continues_the_training_in_the_stream_of_the_training(tmp_path, journal):
+    for _ in range(2):
+        with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+            train(bus, tmp_path, samples_at=[0], journal=journal)
+    reader = JournalReader(journal)
+    assert len(reader.streams()) == 1
+    assert len(reader.streams("s")) == 1
+    assert verify(journal).is_intact
+
+
+def test_a_bus_without_a_journal_is_named_as_the_reason(tmp_path, caplog):
+    with EventBus([SystemMetricsCallback(0.05)]) as bus:
+        bus.publish(RunStart(LogContext(tmp_path).for_run("ppo")))
+        wait_for(lambda: not sampling_threads())
+    assert "system_metrics.not_sampled" in caplog.text
+
+
+def test_the_hooks_take_next_to_no_time(tmp_path, journal):
+    callback = SystemMetricsCallback(0.05)
+    assert not {"on_step_end", "on_eval", "on_checkpoint"} & set(vars(type(callback)))
+
+
+def test_without_psutil_the_error_names_the_command():
+    program = textwrap.dedent("""
+        import sys
+        sys.modules["psutil"] = None
+        import importlib.util
+        found = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: None if name == "psutil" else found(name, *a)
+        sys.modules.pop("psutil")
+        from evsys_bus import CallbackSpec, build_callbacks
+        build_callbacks([CallbackSpec("system_metrics")])
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BrokenAdapterError" in done.stderr
+    assert 'pip install "evsys-bus[system]"' in done.stderr
+
+
+@pytest.mark.parametrize("params", [{"every_seconds": 0}, {"gpus": "yes"}])
+def test_wrong_params_are_refused(params):
+    with pytest.raises(ConfigError):
+        SystemMetricsCallback(**params)
+
+
+test_conforms = conformance(lambda _: SystemMetricsCallback(), follow=False)
