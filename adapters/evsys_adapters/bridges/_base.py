@@ -203,7 +203,8 @@ class RunBridge:
         self.failures += 1
         if self.failures == 1:
             why = "the training goes on; further failures are counted, not logged"
-            log().warning("bridge.failed", hook=hook, path=str(self._path or self.default_path), why=why, exc_info=error)
+            path = str(self._path or self.default_path)
+            log().warning("bridge.failed", hook=hook, path=path, why=why, exc_info=error)
 
     def _run_at(self, step: int | None, *, is_eval: bool = False) -> "evsys_bus.Run":
         """Return the run, opened at this step if it is not open yet."""
