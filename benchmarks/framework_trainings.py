@@ -16,8 +16,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
 
-from evsys_adapters import CsvMetricsCallback, TensorBoardLoggerCallback
-from evsys_bus import Callback
+from evsys_bus import Callback, build_callbacks
 
 SAVE_EVERY: Final = 5
 """Steps from one checkpoint to the next."""
@@ -64,7 +63,7 @@ class Training:
             CsvMetricsCallback("{run_dir}/metrics.csv"),
             TensorBoardLoggerCallback(str(self.folder / "tensorboard")),
         ]
-        return {"path": self.folder / "run", "callbacks": [self.killer, *loggers]}
+        return {"path": self.folder / "run", "callbacks": [self.killer, *build_callbacks(loggers)]}
 
     def time(self, logger: Any, method: str, *, label: str, step_of: Callable[..., int | None] | None = None) -> None:
         """Time each call of a logger's method from here on; with ``step_of`` its step counts as acknowledged."""
