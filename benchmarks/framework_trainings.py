@@ -29,11 +29,11 @@ class Killer(Callback):
         self._kill_at, self._stop_at, self._rows = kill_at, stop_at, 0
 
     def on_metrics(self, state: Any, step_idx: int, metrics: Any) -> None:
-        """See the part of a row, which is on record."""
+        """See the part of a row, before it is on record."""
         self._count_row()
 
     def on_step_end(self, state: Any, step_idx: int, batch: Any, metrics: Any) -> None:
-        """See a row, which is on record."""
+        """See a row."""
         self._count_row()
         if self._stop_at is not None and step_idx >= self._stop_at:
             state.request_stop("as requested")
@@ -59,10 +59,11 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of a bridge."""
-        loggers = [
-            CsvMetricsCallback("{run_dir}/metrics.csv"),
-            TensorBoardLoggerCallback(str(self.folder / "tensorboard")),
-        ]
+        params = {
+            "csv_metrics": {"out_path": "{run_dir}/metrics.csv"},
+            "tensorboard_logger": {"log_dir": str(self.folder / "tensorboard")},
+        }
+        loggers = [{"kind": kind, "params": each, "placement": "follow"} for kind, each in params.items()]
         return {"path": self.folder / "run", "callbacks": [self.killer, *build_callbacks(loggers)]}
 
     def time(self, logger: Any, method: str, *, label: str, step_of: Callable[..., int | None] | None = None) -> None:
