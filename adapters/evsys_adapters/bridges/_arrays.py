@@ -123,5 +123,5 @@ def bins_of_limits(low: float, high: float, limits: Any, counts: Any) -> tuple[l
     edges[0] = min(max(edges[0], low), edges[1])
     counts = counts[first : last + 1]
     width = -(-len(counts) // _MAX_BINS)
-    merged = [sum(counts[at : at + width]) for at in range(0, len(counts), width)]
+    merged: list[float] = [sum(counts[at : at + width]) for at in range(0, len(counts), width)]
     return merged, [*edges[: len(counts) : width], edges[-1]]

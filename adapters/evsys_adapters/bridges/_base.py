@@ -214,7 +214,7 @@ class RunBridge:
 
     def _open(self, first_step: int | None) -> None:
         path = self.path.with_name(f"{self.path.name}-eval") if self._is_eval_only else self.path
-        options = self._options | self._start_options | {"config": self._config}
+        options: dict[str, Any] = self._options | self._start_options | {"config": self._config}
         self._has_failed_to_open = True  # so that not every row tries again
         self.run = evsys_bus.run(path, first_step=first_step, **options).start()
         self._has_failed_to_open, self._pid = False, os.getpid()
@@ -238,7 +238,8 @@ class RunBridge:
 
 
 class _Bridged(Protocol):
-    bridge: RunBridge
+    @property
+    def bridge(self) -> RunBridge: ...
 
 
 BridgedT = TypeVar("BridgedT", bound=_Bridged)

@@ -49,7 +49,7 @@ class StepBridge(RunBridge):
             self.start(self.recorded_steps if first_step is None else first_step, **start_options)
             exit_code.observe()
         if self.run is None:
-            raise TrainingError("the run is not open", why="this process does not write it")
+            raise TrainingError("this process does not write the run", fix="log on rank 0")
         return self.run
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False) -> None:
@@ -90,7 +90,7 @@ class StepBridge(RunBridge):
 
     def finish_failed(self, code: int) -> None:
         """Close the run as failed, because of an exit code."""
-        self.finish(TrainingError(f"the program ended with exit code {code}"))
+        self.finish(TrainingError(f"the program ended with exit code {code}", fix="see its output"))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_has_rows": False, "_evals": {}}

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from evsys_adapters.bridges._arrays import bins_of_limits, gif, grid, is_array, pixels, to_array, to_scalar
 from evsys_adapters.bridges._base import isolated
 from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.common.hook_arguments import list_or_empty
 
 _DEFAULT_PATH: Final = "runs/training"
 
@@ -184,9 +185,9 @@ class SummaryWriter:
     @isolated
     def add_figure(self, tag: str, figure: Any, global_step: Any = None, close: bool = True, *args: Any) -> None:
         """Store a figure of matplotlib, or several."""
-        figures: list[Any] = figure if isinstance(figure, list) else [figure]
-        for index, each in enumerate(figures):
-            self._content("figure", f"{tag}/{index}" if isinstance(figure, list) else tag, each, global_step)
+        several = list_or_empty(figure)
+        for index, each in enumerate(several or [figure]):
+            self._content("figure", f"{tag}/{index}" if several else tag, each, global_step)
             pyplot = sys.modules.get("matplotlib.pyplot")
             if close and pyplot is not None:
                 pyplot.close(each)
