@@ -23,11 +23,9 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from benchmarks.framework_trainings import SAVE_EVERY, TRAININGS
-from evsys_bus import Metrics, StepEnd, TrainStart
+from evsys_bus import read
 from evsys_bus.bench.dispatch import BATCH, METRICS, Peer
 from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, TimedLoop
-from evsys_bus.codec import decode
-from evsys_bus.journal import JournalReader
 
 # Types of the frameworks are Any, because pyright runs where they are not installed.
 
@@ -167,17 +165,8 @@ FRAMEWORKS: Final = {
 
 
 def steps_in_journal(run: Path) -> list[int]:
-    """Return the steps of a recorded run in order: rows cut by a later start are gone, parts of a step are one row."""
-    steps: set[int] = set()
-    reader = JournalReader(run / "journal")
-    for stream in reader.streams("r"):
-        for record in reader.read(stream):
-            event = decode(record.payload).event
-            if isinstance(event, TrainStart):
-                steps = {each for each in steps if each < event.state.step}
-            elif isinstance(event, Metrics | StepEnd):
-                steps.add(event.step_idx)
-    return sorted(steps)
+    """Return the steps of a recorded run, in order; its attempts read as one run."""
+    return [each.step for each in read(run).steps()]
 
 
 def steps_in_csv(run: Path) -> list[int]:

@@ -13,6 +13,7 @@ The status words are always: pending, running, completed, failed, cancelled.
 
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -104,6 +105,20 @@ class LogContext(_Handle):
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     """Values passed from one callback to a later one, for example ``wandb_url``."""
 
+    if TYPE_CHECKING:  # accepts more than the attributes then have
+
+        def __init__(
+            self,
+            output_dir: str | os.PathLike[str],
+            config: Any = None,
+            store: Any = None,
+            run_key: str | None = None,
+            run_config: Any = None,
+            group_name: str | None = None,
+            ids: dict[str, Any] = ...,
+            extras: dict[str, Any] = ...,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LogContext.output_dir")
 
@@ -133,7 +148,7 @@ class LoopState(_Handle):
     step: int
     """The step that is running or ran last, 0-based. At TrainStart: the first step to run, so not 0 after a resume."""
     num_steps: int
-    """The requested number of steps."""
+    """The requested number of steps; None if it is not known."""
     output_dir: Path
     """The run's directory, absolute."""
     backend: Any = None
@@ -155,6 +170,23 @@ class LoopState(_Handle):
     then counts as cancelled, and a resume continues it."""
 
     unfinished: ClassVar[Renamed] = Renamed("stopped_early")
+
+    if TYPE_CHECKING:  # accepts more than the attributes then have
+
+        def __init__(
+            self,
+            step: int,
+            num_steps: int | None,
+            output_dir: str | os.PathLike[str],
+            backend: Any = None,
+            log_store: Any = None,
+            checkpoint_mgr: Any = None,
+            stop_requested: bool = False,
+            stop_reason: str | None = None,
+            error: BaseException | None = None,
+            ctx: LogContext | None = None,
+            stopped_early: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LoopState.output_dir")

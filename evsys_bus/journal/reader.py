@@ -95,7 +95,6 @@ class JournalReader:
         return self._disk.is_locked(path) and self._is_declared_live(path)
 
     def _is_declared_live(self, path: str) -> bool:
-        """Whether the owner of a lock file has not declared that nothing more will come. The file only grows."""
         try:
             size = self._disk.size(path)
         except OSError:
@@ -116,11 +115,11 @@ class JournalReader:
         return self.tail(stream, after).poll()
 
     def tail(self, stream: str, after: int = 0, *, patience: int = 0, keep_open: bool = False) -> "TailReader":
-        """A reader of the stream to be polled for new events.
+        """A reader of the stream, to be polled for new events after a sequence.
 
         Args:
             stream: Its name.
-            after: Start after this sequence.
+            after: The sequence.
             patience: After how many failures in a row to read an existing segment it is skipped or, if it is the last
                 one, treated as read. Earlier failures raise OSError.
             keep_open: Whether to keep the segment open between two polls, which makes a poll without new events cheap.

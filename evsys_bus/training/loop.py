@@ -27,6 +27,7 @@ from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatc
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
+from evsys_bus.front import Run
 from evsys_bus.location import local_path
 from evsys_bus.run_files import (
     RowFile,
@@ -163,12 +164,13 @@ class TrainingLoop:
             if self.resume:
                 await self._resume()
             bus.publish(TrainStart(state))
-            while self._done < state.num_steps and not state.stop_requested:
-                await self._run_step(bus, self._done)
-                self._done += 1
-                # A backend may never suspend; tasks of hooks and a cancellation get to run here.
-                await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
+            with Run(bus, state).attached():
+                while self._done < state.num_steps and not state.stop_requested:
+                    await self._run_step(bus, self._done)
+                    self._done += 1
+                    # A backend may never suspend; tasks of hooks and a cancellation get to run here.
+                    await asyncio.sleep(0)
+                await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
             remove_error_file(state.output_dir)
         except BaseException as error:
             state.error = error

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from evsys_adapters.bridges import RunBridge, isolated
-from evsys_bus import Checkpoint, ConfigUpdate, Eval, RunEnd, RunStart, StepEnd, TrainStart
+from evsys_bus import Checkpoint, ConfigUpdate, Eval, EvsysBusError, RunEnd, RunStart, StepEnd, TrainStart
 from support.journals import read_events
 from support.programs import run_python
 
@@ -170,6 +170,11 @@ def test_a_run_that_cannot_be_opened_is_tried_once_a_training(tmp_path, caplog):
     assert [hook.on_log({"loss": 1.0}, step) for step in range(5)] == [None] * 5
     assert bridge.failures == 1
     assert not bridge.writes
+
+
+def test_a_url_is_an_error_when_the_bridge_is_made():
+    with pytest.raises(EvsysBusError, match="URL"):
+        RunBridge("s3://bucket/run")
 
 
 def test_only_rank_0_writes(run_dir, monkeypatch):

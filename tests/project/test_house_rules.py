@@ -32,6 +32,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/adapter.py": "copying what an adapter was constructed with",
     "evsys_bus/events.py": "the code of a step that is no int",
     "evsys_bus/front/environment.py": "the collection of a part; drivers",
+    "evsys_bus/front/media.py": "code of values",
     "evsys_bus/front/output.py": "a program's streams",
     "evsys_bus/front/run.py": "the code of a step that is no int; entering, raised again",
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",

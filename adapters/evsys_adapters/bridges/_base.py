@@ -80,6 +80,9 @@ class RunBridge:
         path: The run's directory. Default: ``EVSYS_BUS_RUN_DIR``, else the framework's output directory.
         run: An open run to write to, which is then neither started nor ended here.
         options: Passed to `evsys_bus.run`: ``callbacks``, ``tags``, ``notes``, ``config`` and others.
+
+    Raises:
+        SettingError: The path is a URL.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class RunBridge:
         """Whether a training was started and has not ended."""
         self.default_path: str | os.PathLike[str] = _DEFAULT_RUN_DIR
         """The run's directory where none was given: the framework's output directory."""
-        self._path = path or os.environ.get(RUN_DIR_VARIABLE)
+        given = path or os.environ.get(RUN_DIR_VARIABLE)
+        self._path = local_path(given, "path") if given else None
         self._config = fields(options.pop("config", None))
         self._options = options
         self._start_options: dict[str, Any] = {}
@@ -106,7 +110,7 @@ class RunBridge:
     @property
     def path(self) -> Path:
         """The run's directory as requested; a run beside a complete one has another, see ``run.path``."""
-        return local_path(self._path or self.default_path, "path")
+        return self._path or local_path(self.default_path, "path")
 
     @property
     def writes(self) -> bool:
@@ -199,7 +203,8 @@ class RunBridge:
         self.failures += 1
         if self.failures == 1:
             why = "the training goes on; further failures are counted, not logged"
-            log().warning("bridge.failed", hook=hook, path=str(self.path), why=why, exc_info=error)
+            path = str(self._path or self.default_path)
+            log().warning("bridge.failed", hook=hook, path=path, why=why, exc_info=error)
 
     def _run_at(self, step: int | None, *, is_eval: bool = False) -> "evsys_bus.Run":
         """Return the run, opened at this step if it is not open yet."""

@@ -84,19 +84,24 @@ class EvsysBusCallback(Callback):
 
     def __init__(self, path: Any = None, **options: Any) -> None:
         self.bridge = RunBridge(path, **options)
+        self._is_active = False  # not in a trial run (`fast_dev_run`), and once where the environment adds another one
 
     @isolated
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        first = next(each for each in trainer.callbacks if isinstance(each, EvsysBusCallback))
+        self._is_active = first is self and not trainer.fast_dev_run
         logger = next((each for each in trainer.loggers if isinstance(each, EvsysBusLogger)), None)
-        if logger is None and not trainer.fast_dev_run:
+        if logger is not None:
+            self.bridge = logger.bridge
+        elif self._is_active:
             logger = EvsysBusLogger()
             logger.bridge = self.bridge
             trainer.loggers = [*trainer.loggers, logger]
-        elif logger is not None:
-            self.bridge = logger.bridge
 
     @isolated
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self._is_active:
+            return
         num_steps = trainer.estimated_stepping_batches
         self.bridge.start(
             trainer.global_step,

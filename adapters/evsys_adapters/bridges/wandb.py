@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from typing import Any, Final, Literal, Self
 
 from evsys_adapters.bridges._arrays import to_scalar
-from evsys_adapters.bridges._base import isolated
+from evsys_adapters.bridges._base import isolated, split_evals
 from evsys_adapters.bridges._content import (
     Artifact,
     Audio,
@@ -202,18 +202,21 @@ class Run:
             target = self.step if step is None else int(to_scalar(step))
             is_late = target < self.step and self._has_rows
             numbers, media = _split(data)
-            if numbers or (is_complete and self._has_parts):
-                axes = {name: numbers.pop(name) for name in self._axes.intersection(numbers)}
-                if axes:  # apart, because what comes with an eval is no row
-                    self.bridge.log(axes, target)
+            self.summary.set_unrecorded(numbers)
+            axes = {name: numbers.pop(name) for name in self._axes.intersection(numbers)}
+            if axes:  # apart, because what comes with an eval is no row
+                self.bridge.log(axes, target)
+            if numbers:
                 self.bridge.log(numbers, target, commit=is_complete or is_late)
-                self._has_rows = self._has_parts = True
+            is_open = self._has_parts and target == self.step
+            if is_complete and (axes or is_open) and not split_evals(numbers)[0]:
+                self.bridge.open().log({}, target, commit=True)
             for name, value in media:
                 self._store(name, value, target)
-            self.summary.set_unrecorded(numbers)
+            self._has_rows = True
             if not is_late:
                 self.step = target + is_complete
-                self._has_parts = self._has_parts and not is_complete
+                self._has_parts = not is_complete and bool(is_open or numbers or axes)
 
     def _store(self, name: str, value: Any, step: int | None) -> None:
         if isinstance(value, list | tuple):
