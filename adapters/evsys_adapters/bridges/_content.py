@@ -6,6 +6,7 @@
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,7 +197,7 @@ class Artifact:
         self.item: ContentItem | None = None
         """What is stored, once it was logged."""
         self._entries: dict[str, Path] = {}
-        self._made = tempfile.TemporaryDirectory(prefix="evsys-artifact-")
+        self._made: Path | None = None
 
     def add_file(self, local_path: Any, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Add a file; it must exist until the artifact is logged."""
@@ -214,7 +215,10 @@ class Artifact:
     @contextmanager
     def new_file(self, name: str, mode: str = "w", encoding: str | None = None, **kwargs: Any) -> Iterator[IO[Any]]:
         """Open a new file of the artifact for writing."""
-        path = Path(self._made.name, *Path(name).parts)
+        if self._made is None:
+            self._made = Path(tempfile.mkdtemp(prefix="evsys-artifact-"))
+            weakref.finalize(self, shutil.rmtree, self._made, ignore_errors=True)
+        path = self._made / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text_encoding = encoding or (None if "b" in mode else "utf-8")
         with path.open(mode.replace("x", "w"), encoding=text_encoding) as file:
