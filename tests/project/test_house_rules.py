@@ -68,6 +68,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/config/experiment.py": "a recipe's module, its Config and its annotation",
     "evsys_bus/config/registry.py": "a plugin's import",
     "adapters/evsys_adapters/bridges/_base.py": "hooks that a framework calls: no training ends because of them",
+    "adapters/evsys_adapters/bridges/_content.py": "an array of a type that nobody has foreseen",
     "adapters/evsys_adapters/common/hook_arguments.py": "the look-up of a stranger",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the number of a stranger",

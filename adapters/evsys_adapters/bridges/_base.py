@@ -243,7 +243,8 @@ class RunBridge:
 
 
 class _Bridged(Protocol):
-    bridge: RunBridge
+    @property
+    def bridge(self) -> RunBridge: ...
 
 
 BridgedT = TypeVar("BridgedT", bound=_Bridged)
