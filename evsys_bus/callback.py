@@ -111,13 +111,13 @@ class Callback(Adapter):
     def on_train_start(self, state: LoopState) -> None:
         """Fires once before the first step; ``state.step`` is that step."""
 
-    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, Any]) -> None:
         """Fires after every step's metrics row is written; keys added to ``metrics`` reach later callbacks."""
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
         """Fires after each checkpoint's manifest row is recorded."""
 
-    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, Any]) -> None:
         """Fires per evaluator after each in-loop eval."""
 
     def on_benchmark_eval(
@@ -139,7 +139,7 @@ class Callback(Adapter):
     def on_metrics(self, state: LoopState, step_idx: int, metrics: dict[str, Any]) -> None:
         """Fires for each part of a step's row, as it is logged; the whole row follows with `on_step_end`."""
 
-    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, Any]) -> None:
         """Fires after each pass over the data."""
 
     def on_rollout(

@@ -13,7 +13,8 @@ The status words are always: pending, running, completed, failed, cancelled.
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
@@ -104,6 +105,20 @@ class LogContext(_Handle):
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     """Values passed from one callback to a later one, for example ``wandb_url``."""
 
+    if TYPE_CHECKING:  # accepts more than the attributes then have
+
+        def __init__(
+            self,
+            output_dir: str | os.PathLike[str],
+            config: Any = None,
+            store: Any = None,
+            run_key: str | None = None,
+            run_config: Any = None,
+            group_name: str | None = None,
+            ids: dict[str, Any] = ...,
+            extras: dict[str, Any] = ...,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LogContext.output_dir")
 
@@ -133,7 +148,7 @@ class LoopState(_Handle):
     step: int
     """The step that is running or ran last, 0-based. At TrainStart: the first step to run, so not 0 after a resume."""
     num_steps: int
-    """The requested number of steps."""
+    """The requested number of steps; None if it is not known."""
     output_dir: Path
     """The run's directory, absolute."""
     backend: Any = None
@@ -155,6 +170,23 @@ class LoopState(_Handle):
     then counts as cancelled, and a resume continues it."""
 
     unfinished: ClassVar[Renamed] = Renamed("stopped_early")
+
+    if TYPE_CHECKING:  # accepts more than the attributes then have
+
+        def __init__(
+            self,
+            step: int,
+            num_steps: int | None,
+            output_dir: str | os.PathLike[str],
+            backend: Any = None,
+            log_store: Any = None,
+            checkpoint_mgr: Any = None,
+            stop_requested: bool = False,
+            stop_reason: str | None = None,
+            error: BaseException | None = None,
+            ctx: LogContext | None = None,
+            stopped_early: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LoopState.output_dir")
@@ -206,6 +238,10 @@ class TrainingBatch(_Handle):
     """Its parameters."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """Facts about the batch that are known before the step: sizes, token counts."""
+    rollouts: Sequence[Any] = ()
+    """The trajectories that the examples were made of, live; a `Rollout` event records them."""
+    rollout_items: Sequence[Any] = ()
+    """The items of the data set that they were sampled for, live."""
 
 
 class DetachedLogContext(_Detached, LogContext):
@@ -333,6 +369,10 @@ class LoopArtifacts(msgspec.Struct, frozen=True):
     """The requested number of steps, not the number of steps run."""
     train_seconds: float = 0.0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields as plain data, as JSON would have them."""
+        return cast("dict[str, Any]", msgspec.to_builtins(self))
+
 
 class EvalResult(msgspec.Struct, frozen=True):
     """One benchmark, scored once."""
@@ -379,6 +419,15 @@ class ArmResult(msgspec.Struct, frozen=True):
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     run_result: RunResult | None = None
+
+    def eval(self, name: str) -> EvalResult | None:
+        """Return the newest result of a benchmark: that after training, else that of the last step. None if none is."""
+        found = [each for each in self.evals if each.name == name]
+        return max(found, key=lambda each: math.inf if each.step is None else each.step, default=None)
+
+    def score(self, metric: str) -> float | None:
+        """Return the value by which arms are compared: that of the evals after training, else that of the training."""
+        return self.eval_metrics.get(metric, self.metrics.get(metric))
 
 
 class ExperimentResult(msgspec.Struct, frozen=True):

@@ -177,7 +177,7 @@ class StepEnd(Event, frozen=True):
     step_idx: int
     """0-based. Async loops may publish several rows for one step, late and out of order."""
     batch: TrainingBatch = msgspec.field(default_factory=TrainingBatch)
-    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     """Inline callbacks may add keys; later callbacks and every sink see them."""
 
 
@@ -194,7 +194,7 @@ class Eval(Event, frozen=True):
     state: LoopState
     step_idx: int
     eval_name: str
-    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
 
 
 class BenchmarkEval(Event, frozen=True):
@@ -245,7 +245,7 @@ class EpochEnd(Event, frozen=True, tag=f"{_PREFIX}epoch_end"):
     state: LoopState
     epoch: int
     """0-based."""
-    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
 
 
 class Rollout(Event, frozen=True, tag=f"{_PREFIX}rollout"):

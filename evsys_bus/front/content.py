@@ -11,7 +11,6 @@ import msgspec
 from evsys_bus.bus import EventBus
 from evsys_bus.context import ContentItem, ContentKind, LoopState
 from evsys_bus.events import Content, Event
-from evsys_bus.front.media import store_content, summarize_value
 from evsys_bus.front.rows import Row
 
 PLAIN: Final = frozenset({float, int, bool, str, type(None)})
@@ -77,6 +76,8 @@ class ContentLogger:
 
     def _plain_part(self, part: Row, step: int | None) -> Row:
         """Return the part with numbers in place of arrays; large ones are stored as histograms."""
+        from evsys_bus.front.media import summarize_value  # most metrics are numbers
+
         plain: Row = {}
         for name, value in part.items():
             if type(value) in PLAIN:
@@ -94,6 +95,8 @@ class ContentLogger:
     ) -> ContentItem:
         if not self._is_usable():
             return ContentItem(kind, name)
+        from evsys_bus.front.media import store_content  # most runs store nothing
+
         item = store_content(self.path, kind, name, value, caption=caption, redaction=self.bus.redaction, **options)
         number = None if kind == "artifact" else self._step_of(step)
         self._publish(Content(self.state, number, item))

@@ -45,10 +45,7 @@ MAX_LISTED_NUMBERS: Final = 16  # an array among metrics with more of them becom
 MAX_BINS: Final = 512
 MAX_SHOWN_BYTES: Final = 8192
 """Size of the text, or of the first rows of a table, that the event itself carries."""
-_MAX_SHOWN_ROWS: Final = 10
 _MAX_CHANNELS: Final = 64  # of audio
-_COPY_BYTES: Final = 1 << 20
-_INT64: Final = range(-(1 << 63), 1 << 63)
 
 
 class _Format(NamedTuple):
@@ -135,14 +132,19 @@ def store_content(
         raise EventError(f"there is no content of the kind {kind!r}", fix=f"give one of {', '.join(_ACCEPTED)}")
     policy = current_redaction() if redaction is None else redaction
     store = _Store(Path(run_dir), kind, _clean_text(str(name), policy), policy)
-    if kind == "histogram":
-        item = _histogram_item(store.name, value, bins)
-    elif kind == "table":
-        item = store.table(value, columns)
-    elif kind == "audio":
-        item = store.audio(value, sample_rate)
-    else:
-        item = getattr(store, kind, store.media)(value)
+    try:
+        if kind == "histogram":
+            item = _histogram_item(store.name, value, bins)
+        elif kind == "table":
+            item = store.table(value, columns)
+        elif kind == "audio":
+            item = store.audio(value, sample_rate)
+        else:
+            item = getattr(store, kind, store.media)(value)
+    except (EventError, OSError):
+        raise
+    except Exception as error:  # raised by the value's own code
+        raise store.error(value, why=f"{type(error).__name__}: {error}") from error
     return msgspec.structs.replace(
         item,
         caption=None if caption is None else _clean_text(str(caption), policy),
@@ -174,7 +176,7 @@ class _Store:
 
     def text(self, value: Any) -> ContentItem:
         if not isinstance(value, str):
-            raise self._error(value, fix="give str(value); the content of a file is path.read_text()")
+            raise self.error(value, fix="give str(value); the content of a file is path.read_text()")
         text = _clean_text(value, self._redaction)
         encoded = text.encode()
         shown = {"text": text} if len(encoded) <= MAX_SHOWN_BYTES else {}
@@ -185,7 +187,7 @@ class _Store:
             return self._bytes(_clean_text(value, self._redaction).encode(), _HTML)
         if isinstance(value, str | os.PathLike):
             return self._file(cast("str | os.PathLike[str]", value), lambda _: _HTML)
-        raise self._error(value)
+        raise self.error(value)
 
     def figure(self, value: Any) -> ContentItem:
         figure: Any = value if hasattr(value, "savefig") else getattr(value, "figure", None)  # of an Axes
@@ -196,10 +198,10 @@ class _Store:
         to_html = getattr(value, "to_html", None)
         if callable(to_html):
             return self._bytes(escape_surrogates(str(to_html())).encode(), _HTML)
-        return self.image(value) if _is_pillow(value) else self.media(value)
+        return self.image(value) if hasattr(value, "convert") else self.media(value)
 
     def image(self, value: Any) -> ContentItem:
-        if _is_pillow(value):
+        if hasattr(value, "convert") and hasattr(value, "save"):  # of Pillow
             image = value if value.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"} else value.convert("RGB")
             buffer = io.BytesIO()
             image.save(buffer, format="PNG", compress_level=1)
@@ -214,7 +216,7 @@ class _Store:
         if isinstance(value, str | bytes | bytearray | memoryview | os.PathLike):
             return self.media(cast("Any", value))
         if type(sample_rate) is not int or sample_rate <= 0:
-            raise self._error(value, why="it has no sample rate", fix="give sample_rate=, in samples per second: 16000")
+            raise self.error(value, why="it has no sample rate", fix="give sample_rate=, in samples per second: 16000")
         samples = self._samples(self._array(value))
         buffer = io.BytesIO()
         with wave.open(buffer, "wb") as file:
@@ -231,17 +233,17 @@ class _Store:
             return self._bytes(data, self._recognize(data[:512]))
         if isinstance(value, str | os.PathLike):
             return self._file(cast("str | os.PathLike[str]", value), self._recognize)
-        raise self._error(value)
+        raise self.error(value)
 
     def table(self, value: Any, columns: Sequence[str] | None) -> ContentItem:
         found = _frame(value) or self._plain_rows(value, columns)
         names, rows = [str(each) for each in (found[0] if columns is None else columns)], list(found[1])
         if len(set(names)) < len(names):
-            raise self._error(value, why="two of its columns have one name", fix="give each column a name of its own")
+            raise self.error(value, why="two of its columns have one name", fix="give each column a name of its own")
         for index, row in enumerate(rows):
             if isinstance(row, str) or not hasattr(row, "__len__") or len(row) != len(names):
                 why = f"row {index} is no list of {len(names)} values, one for each column"
-                raise self._error(value, why=why, fix="give a list for each row; None where there is no value")
+                raise self.error(value, why=why, fix="give a list for each row; None where there is no value")
         cells = [[_to_cell(each) for each in row] for row in rows]
         if self._redaction is not None:
             entries = [dict(zip(names, row, strict=True)) for row in cells] or [dict.fromkeys(names)]
@@ -250,7 +252,7 @@ class _Store:
         file: dict[str, Any] = {"columns": names, "rows": cells}
         if nonfinite := find_nonfinite(cells):
             file["nonfinite"] = nonfinite  # JSON has none: they are null in the rows
-        first, sizes = cells[:_MAX_SHOWN_ROWS], accumulate(len(msgspec.json.encode(row)) for row in cells)
+        first, sizes = cells[:10], accumulate(len(msgspec.json.encode(row)) for row in cells)
         shown = [row for row, size in zip(first, sizes, strict=False) if size <= MAX_SHOWN_BYTES]
         data = {"columns": names, "rows": shown, "row_count": len(cells)}
         return self._bytes(msgspec.json.encode(file), _JSON, data)
@@ -259,18 +261,18 @@ class _Store:
         if columns is None and type(value) is tuple and len(cast("tuple[Any, ...]", value)) == 2:  # noqa: PLR2004
             columns, value = cast("tuple[Any, Any]", value)
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-            raise self._error(value)
+            raise self.error(value)
         rows: list[Any] = list(cast("Iterable[Any]", value))
         if rows and all(isinstance(row, Mapping) for row in rows):
             names = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else list(columns)
             return names, [[row.get(each) for each in names] for row in rows]
         if columns is None:
-            raise self._error(value, why="its rows have no column names", fix='give columns=["step", "text"]')
+            raise self.error(value, why="its rows have no column names", fix='give columns=["step", "text"]')
         return columns, rows
 
     def artifact(self, value: Any) -> ContentItem:
         if not isinstance(value, str | os.PathLike):
-            raise self._error(value, fix="write it to a file and give the path")
+            raise self.error(value, fix="write it to a file and give the path")
         path = Path(os.fsdecode(cast("str | os.PathLike[str]", value)))
         if path.is_dir():
             return self._directory(path)
@@ -294,7 +296,7 @@ class _Store:
             source = open_regular(source_path, os.O_RDONLY)
         except (OSError, ValueError) as error:  # ValueError: a null byte
             fix = "download it first, and give its path" if "://" in source_path else None
-            raise self._error(path, why=f"{redact_text(source_path)!r} cannot be read: {error}", fix=fix) from error
+            raise self.error(path, why=f"{redact_text(source_path)!r} cannot be read: {error}", fix=fix) from error
         try:
             found = recognize(os.pread(source, 512, 0))
             if (size := os.fstat(source).st_size) > MAX_CONTENT_BYTES:
@@ -312,7 +314,7 @@ class _Store:
             incoming = f"{folder}/incoming.{token_hex(8)}.new"
         hasher, size, is_moved = hashlib.sha256(), 0, False
         try:
-            while block := os.read(source, _COPY_BYTES):
+            while block := os.read(source, 1 << 20):
                 size += len(block)
                 if size > MAX_CONTENT_BYTES:
                     raise self._size_error(size)
@@ -337,7 +339,7 @@ class _Store:
             paths, skipped = self._walk(source)
             total = sum(each.stat().st_size for each in paths)
         except OSError as error:
-            raise self._error(source, why=f"{redact_text(str(source))!r} cannot be read: {error}") from error
+            raise self.error(source, why=f"{redact_text(str(source))!r} cannot be read: {error}") from error
         if total > MAX_CONTENT_BYTES:
             raise self._size_error(total)
         names = {each: _clean_text(each.relative_to(source).as_posix(), self._redaction) for each in (*paths, *skipped)}
@@ -369,7 +371,7 @@ class _Store:
                 (files if path.is_file() else skipped).append(path)
             if len(files) > MAX_FILES:
                 fix = "pack them into one file (tar), or upload the directory with the adapter checkpoint_upload"
-                raise self._error(source, why=f"it has more than {MAX_FILES:,} files", fix=fix)
+                raise self.error(source, why=f"it has more than {MAX_FILES:,} files", fix=fix)
         return sorted(files), sorted(skipped)
 
     def _recognize(self, head: bytes) -> _Format:
@@ -381,7 +383,7 @@ class _Store:
         if self._kind == "figure" and start.startswith(b"<"):
             return _Format(".svg", "image/svg+xml") if b"<svg" in start and b"<html" not in start else _HTML
         why = f"its first bytes {head[:8]!r} are of no known format" if head else "it is empty"
-        raise self._error(head, why=why, fix=f"give {_ACCEPTED[self._kind]}; or record the file with artifact")
+        raise self.error(head, why=why, fix=f"give {_ACCEPTED[self._kind]}; or record the file with artifact")
 
     def _item(self, path: str, digest: str, media_type: str, size: int, data: dict[str, Any] | None) -> ContentItem:
         return ContentItem(self._kind, self.name, path, digest, media_type, size, data=data or {})
@@ -391,10 +393,10 @@ class _Store:
         try:
             numpy: Any = importlib.import_module("numpy")
         except ImportError:
-            raise self._error(value, why="an array needs numpy", fix="pip install numpy, or give a file") from None
+            raise self.error(value, why="an array needs numpy", fix="pip install numpy, or give a file") from None
         array = _to_array(numpy, value)
         if array is None or array.dtype.kind not in "buif" or array.size == 0:
-            raise self._error(value)
+            raise self.error(value)
         return array
 
     def _pixels(self, array: Any, *, prefers_channels_first: bool) -> Any:
@@ -403,7 +405,7 @@ class _Store:
         is_first, is_last = shape[0] in {1, 3, 4}, shape[-1] in {1, 2, 3, 4}
         if len(shape) != 3 or not (is_first or is_last):  # noqa: PLR2004
             fix = "give one image of shape (height, width), (height, width, channels) or (channels, height, width)"
-            raise self._error(array, why=f"its shape is {tuple(shape)}", fix=fix)
+            raise self.error(array, why=f"its shape is {tuple(shape)}", fix=fix)
         is_transposed = is_first and array.ndim == 3 and (prefers_channels_first or not is_last)  # noqa: PLR2004
         array = array.transpose(1, 2, 0) if is_transposed else array.reshape(shape)
         if array.dtype.kind == "b":
@@ -420,27 +422,27 @@ class _Store:
         array = array[:, None] if array.ndim == 1 else array
         if array.ndim != 2 or array.shape[1] > _MAX_CHANNELS:  # noqa: PLR2004
             fix = "give an array of shape (samples,) or (samples, channels)"
-            raise self._error(array, why=f"its shape is {tuple(array.shape)}", fix=fix)
+            raise self.error(array, why=f"its shape is {tuple(array.shape)}", fix=fix)
         if array.dtype.kind == "f":
             self._check_range(array, -1, 1, "give int16, or floats from -1 to 1 without NaN: x / abs(x).max()")
             return (array * 32767).round().astype("<i2")
         if array.dtype.name not in {"uint8", "int16", "int32"}:
             fix = "give uint8, int16, int32, or floats from -1 to 1"
-            raise self._error(array, why=f"it is an array of {array.dtype.name}", fix=fix)
+            raise self.error(array, why=f"it is an array of {array.dtype.name}", fix=fix)
         return array.astype(array.dtype.newbyteorder("<"))
 
     def _check_range(self, array: Any, least: int, most: int, fix: str) -> None:
         low, high = float(array.min()), float(array.max())
         if not (least <= low and high <= most):  # also of NaN
-            raise self._error(array, why=f"its values are from {low:.4g} to {high:.4g}", fix=fix)
+            raise self.error(array, why=f"its values are from {low:.4g} to {high:.4g}", fix=fix)
 
-    def _error(self, value: Any, *, why: str | None = None, fix: str | None = None) -> EventError:
+    def error(self, value: Any, *, why: str | None = None, fix: str | None = None) -> EventError:
         what = f"{self._kind} {self.name!r} cannot be stored: {why or f'it is a {type(value).__name__}'}"
         return EventError(what, fix=fix or f"give {_ACCEPTED[self._kind]}")
 
     def _size_error(self, size: int) -> EventError:
         why = f"it has {size:,} bytes, and at most {MAX_CONTENT_BYTES:,} are stored"
-        return self._error(
+        return self.error(
             None, why=why, fix="upload large files with the adapter checkpoint_upload; record where they are"
         )
 
@@ -477,7 +479,8 @@ def _frame(value: Any) -> tuple[Iterable[Any], Iterable[Any]] | None:
     if hasattr(value, "columns") and callable(getattr(value, "rows", None)):  # polars
         return value.columns, value.rows()
     if hasattr(value, "columns") and callable(getattr(value, "to_dict", None)):  # pandas
-        split = value.to_dict("split")
+        has_named_index = any(name is not None for name in getattr(getattr(value, "index", None), "names", ()))
+        split = (value.reset_index() if has_named_index else value).to_dict("split")
         return split["columns"], split["data"]
     return None
 
@@ -490,7 +493,7 @@ def _to_cell(value: Any, depth: int = 8) -> Any:  # noqa: PLR0911 - one line for
     if kind is str:
         return value if value.isascii() else escape_surrogates(value)
     if kind is int:
-        return value if value in _INT64 else str(value)
+        return value if -(1 << 63) <= value < 1 << 63 else str(value)
     if depth and kind in {list, tuple}:
         return [_to_cell(each, depth - 1) for each in value]
     if depth and kind is dict:
@@ -500,10 +503,6 @@ def _to_cell(value: Any, depth: int = 8) -> Any:  # noqa: PLR0911 - one line for
     if depth and hasattr(kind, "dtype") and hasattr(kind, "tolist"):
         return _to_cell(value.tolist(), depth - 1)
     return to_builtins(value)[0]
-
-
-def _is_pillow(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "save")
 
 
 def _is_scalar(value: Any) -> bool:
@@ -549,15 +548,15 @@ def _histogram_item(name: str, value: Any, bins: int) -> ContentItem:
 def _to_numbers(value: Any, name: str) -> Any:
     """Return a flat numpy array or, if the program does not use numpy, a list of floats."""
     numpy: Any = sys.modules.get("numpy")
-    whole: Any = list(cast("Iterable[Any]", value)) if isinstance(value, Iterator | set) else value
-    array = None if numpy is None else _to_array(numpy, whole)
-    if array is not None and array.dtype.kind in "buif":
-        return array.reshape(-1).astype("float64")
     try:
+        whole: Any = list(cast("Iterable[Any]", value)) if isinstance(value, Iterator | set) else value
+        array = None if numpy is None else _to_array(numpy, whole)
+        if array is not None and array.dtype.kind in "buif":
+            return array.reshape(-1).astype("float64")
         return [float(each) for each in _flatten(whole.tolist() if hasattr(whole, "tolist") else whole)]
-    except (TypeError, ValueError, OverflowError, RecursionError):
-        what = f"{name!r} does not consist of numbers: it is a {type(whole).__name__}"
-        raise EventError(what, fix=f"give {_ACCEPTED['histogram']}") from None
+    except Exception as error:  # text, or raised by the value's own code
+        what = f"{name!r} does not consist of numbers: it is a {type(cast('Any', value)).__name__}"
+        raise EventError(what, fix=f"give {_ACCEPTED['histogram']}") from error
 
 
 def _flatten(value: Any) -> Iterator[Any]:

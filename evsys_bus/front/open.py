@@ -95,7 +95,7 @@ def open_run(
     if unit != "steps":
         extras["unit"] = unit
     ctx = LogContext(run_dir.parent, config=config, run_key=run_dir.name, run_config=config, extras=extras)
-    state = LoopState(step=0, num_steps=num_steps, output_dir=run_dir, ctx=ctx)  # pyright: ignore[reportArgumentType] # None: not known
+    state = LoopState(step=0, num_steps=num_steps, output_dir=run_dir, ctx=ctx)
     return Run(
         bus if isinstance(bus, EventBus) else bus(run_dir),
         state,

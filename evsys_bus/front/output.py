@@ -22,7 +22,10 @@ from evsys_bus.files import AppendFile, open_binary
 from evsys_bus.run_files import write_error_file
 
 MAX_OUTPUT_BYTES: Final = 64 << 20
+_MIN_OUTPUT_BYTES: Final = 4096
 _MAX_LINE_CHARS: Final = 1 << 20
+_MAX_PIECE_CHARS: Final = 1 << 14
+_MAX_PIECES: Final = 256
 _MAX_WAITING: Final = 100_000
 """Writes of other threads that wait while one of them writes to the file."""
 _MAX_PARTIAL_LINES: Final = 1000
@@ -59,8 +62,8 @@ class OutputCapture:
         self.path: Final = path
         self.lost_bytes = 0
         """How much could not be written."""
-        self._quarter: Final = max_bytes // 4
-        self._max_bytes: Final = max_bytes
+        self._max_bytes: Final = max(max_bytes, _MIN_OUTPUT_BYTES)
+        self._quarter: Final = self._max_bytes // 4
         self._file: Final = AppendFile(path, make_folder=False, disk=OsDisk())
         self._lock = threading.Lock()
         self._waiting: deque[tuple[_Key, str]] = deque()
@@ -140,6 +143,8 @@ class OutputCapture:
             self._unreported_bytes += len(text)
             return
         self._waiting.append((key, text))
+        if "\n" not in text and "\r" not in text and len(text) < _MAX_PIECE_CHARS and len(self._waiting) < _MAX_PIECES:
+            return  # `print` writes each of its arguments by itself
         while self._waiting and self._lock.acquire(blocking=False):
             try:
                 self._write("".join(self._take_lines()))
@@ -164,14 +169,12 @@ class OutputCapture:
             if rest:
                 pieces = self._partial_lines.setdefault(key, [])
                 pieces.append(rest)
-                if "\r" in rest:
+                if "\r" in rest or len(rest) >= _MAX_PIECE_CHARS or len(pieces) >= _MAX_PIECES:
                     line = "".join(pieces)
                     pieces[:] = [line[line.rfind("\r", 0, -1) + 1 :]]
-                elif len(pieces) > 1 and sum(map(len, pieces[-2:])) < _MAX_LINE_CHARS // 64:
-                    pieces[-2:] = ["".join(pieces[-2:])]  # few pieces, and no text is copied often
-                if sum(map(len, pieces)) > _MAX_LINE_CHARS:
-                    lines.append(self._end_line(key))
-                    self._divided.add(key)
+                    if len(line) > _MAX_LINE_CHARS:
+                        lines.append(self._end_line(key))
+                        self._divided.add(key)
         while len(self._partial_lines) > _MAX_PARTIAL_LINES:  # of threads that have ended
             lines.append(self._end_line(next(iter(self._partial_lines))))
         return lines

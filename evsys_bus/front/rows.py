@@ -1,9 +1,11 @@
 """Rows of metrics that are logged in parts: each part is recorded at once, the whole row once it is complete."""
 
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
-from evsys_bus.context import LoopState
+from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.events import StepEnd
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
@@ -43,10 +45,10 @@ class OpenRow:
                 self.step = None
         return complete, is_complete
 
-    def take(self, step: int | None = None) -> list[tuple[int, Row]]:
-        """Return the open row, which is complete now, or nothing; with a step, only if it is of that step."""
+    def take(self) -> list[tuple[int, Row]]:
+        """Return the open row, which is complete now, or nothing."""
         with self._lock:
-            if self.step is None or (step is not None and step != self.step):
+            if self.step is None:
                 return []
             complete = [(self.step, self._metrics)]
             self.step = None
@@ -56,15 +58,19 @@ class OpenRow:
 class RowMerger:
     """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
 
-    def __init__(self) -> None:
+    def __init__(self, publish: Callable[[StepEnd], None]) -> None:
+        self._publish: Final = publish
         self.rows: Final[dict[str, OpenRow]] = {}
         """The open row of each run, by run key."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
         """Merge; values of the event itself win."""
         row = self.rows.get(getattr(state, "run_key", ""))
-        if row is None or row.step != step_idx:
+        if row is None or row.step is None or row.step > step_idx:
             return
-        for _, parts in row.take(step_idx):
+        for step, parts in row.take():
+            if step != step_idx:  # of an earlier step, whose row was published before its last parts
+                self._publish(StepEnd(state, step, TrainingBatch(), parts))
+                return
             for name, value in parts.items():
                 metrics.setdefault(name, value)

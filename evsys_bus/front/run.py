@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -93,9 +93,8 @@ class Run(ContentLogger):
         """The settings as plain data. ``run.config.update({...})`` records what is known only later."""
         self.summary: Final = RunSummary(self._set_summary)
         """Values of the run as a whole: ``run.summary["best"] = 0.93`` records one."""
-        if config is None or isinstance(config, Mapping):
-            self.ctx.run_config = self.config
         self._owns_bus: Final = owns_bus
+        self._is_attached = False
         self._environment: Final = environment
         self._output: Final = output
         self._first_step: Final = first_step
@@ -131,7 +130,7 @@ class Run(ContentLogger):
         if not PLAIN.issuperset(map(type, part.values())):
             part = self._plain_part(part, step)
         if step is None:
-            step = self._loop_step
+            step = self.state.step if self._is_attached else self._loop_step
             if step is None:
                 step, commit = self._next_step, True
         elif type(step) is not int:
@@ -214,7 +213,7 @@ class Run(ContentLogger):
                     return
                 self.state.step = self._loop_step = step
                 yield step
-                self._publish_rows(self._row.take(step))
+                self._publish_rows(self._row.take())
         finally:
             self._loop_step = None
 
@@ -314,7 +313,23 @@ class Run(ContentLogger):
             raise
         return self
 
+    @contextmanager
+    def attached(self) -> Generator[Self]:
+        """Make this the current run inside the block, for a loop that publishes its starts, rows and ends itself."""
+        self.is_open = self._is_attached = True
+        add_open(self)
+        try:
+            with activated(self):
+                yield self
+        finally:
+            self._publish_rows(self._row.take())
+            self.is_open = False
+            remove_open(self)
+
     def _open(self) -> None:
+        config = self.ctx.run_config
+        if config is None or isinstance(config, Mapping):
+            self.ctx.run_config = self.config  # so that hooks see what is added later
         if not self.bus.rank:
             self._stack.enter_context(lock_folder(self.path, "the run's directory"))
             if self._output:
@@ -429,7 +444,7 @@ class Run(ContentLogger):
         """Have the open row added to a StepEnd that another part of the program publishes."""
         merger = self.bus.row_merger
         if merger is None:
-            merger = self.bus.row_merger = RowMerger()
+            merger = self.bus.row_merger = RowMerger(self.bus.publish)
             self.bus.add_first(merger)
         merger.rows[self.name] = self._row
         self._row_merger = merger

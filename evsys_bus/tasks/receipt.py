@@ -128,7 +128,7 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         if self.complete and self.last_error is None:
             return None
         why = self.last_error or (self.error if not self.is_known else None) or self.last_failure
-        fix = self.owed_fix or self.fix
+        fix = self.suggested_fix
         parts = [why or "", f"fix: {fix}" if fix else ""]
         return "   ".join(" ".join(part.split()) for part in parts if part) or None
 

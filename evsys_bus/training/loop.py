@@ -27,6 +27,7 @@ from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatc
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
+from evsys_bus.front import Run
 from evsys_bus.location import local_path
 from evsys_bus.run_files import (
     RowFile,
@@ -163,12 +164,13 @@ class TrainingLoop:
             if self.resume:
                 await self._resume()
             bus.publish(TrainStart(state))
-            while self._done < state.num_steps and not state.stop_requested:
-                await self._run_step(bus, self._done)
-                self._done += 1
-                # A backend may never suspend; tasks of hooks and a cancellation get to run here.
-                await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
+            with Run(bus, state).attached():
+                while self._done < state.num_steps and not state.stop_requested:
+                    await self._run_step(bus, self._done)
+                    self._done += 1
+                    # A backend may never suspend; tasks of hooks and a cancellation get to run here.
+                    await asyncio.sleep(0)
+                await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
             remove_error_file(state.output_dir)
         except BaseException as error:
             state.error = error
@@ -179,6 +181,10 @@ class TrainingLoop:
             self.metrics.flush()
             self.checkpoints.flush()
             self._faults.flush()
+            if self.skipped_steps:
+                log().warning(
+                    "step.skipped", run=state.run_key, count=self.skipped_steps, why="their batches are empty"
+                )
             self.artifacts = self._artifacts()
             bus.publish(TrainEnd(state, self.artifacts))
         return self.artifacts
@@ -188,11 +194,9 @@ class TrainingLoop:
         batch = await self.step_builder.build_batch(step_idx)
         if batch is None or _is_empty(batch):
             self.skipped_steps += 1
-            self._faults.warn("step.skipped", "empty", step=step_idx, why="the batch is empty")
         else:
             metrics = await self._train_step(batch)
-            # The step is the first key of its row, and overrides a metric of that name.
-            self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
+            self.metrics.log_metrics(step_idx, metrics)
             self.last_metrics = metrics
             bus.publish(StepEnd(self.state, step_idx, batch, metrics))
         if _is_due(self.save_every, step_idx):

@@ -21,6 +21,7 @@ from evsys_bus.codec.redact import Redaction
 from evsys_bus.errors import EventError
 from evsys_bus.front import media
 from evsys_bus.front.media import MANIFEST, MAX_CONTENT_BYTES, MAX_FILES, store_content, summarize_value
+from support.foreign_values import Raising, RaisingAttributes, RaisingClass
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"the rest"
 KEY = "sk-aB3dE6gH9jK2mN5pQ8sT1vW4xZ7"
@@ -533,6 +534,16 @@ def test_more_errors_of_audio_and_histograms(tmp_path):
         assert fix in caught.value.fix
     with pytest.raises(EventError, match="from 1 to 512"):
         store_content(tmp_path, "histogram", "x", [1.0], bins=0)
+
+
+@pytest.mark.parametrize("make", [Raising, RaisingAttributes, RaisingClass, lambda: [Raising()]])
+def test_an_error_of_the_values_own_code_is_one_in_words(tmp_path, make):
+    value = make()
+    for kind in ("image", "audio", "video", "figure", "html", "text", "histogram", "artifact"):
+        with pytest.raises((EventError, OSError)):
+            store_content(tmp_path, kind, "x", value)
+    with pytest.raises(EventError, match="does not consist of numbers"):
+        summarize_value(value)
 
 
 def test_a_fifo_is_refused_and_does_not_block(tmp_path):

@@ -15,11 +15,12 @@ from typing import ClassVar
 import pytest
 
 import evsys_bus
-from evsys_bus import Callback, EventBus, Metrics, RunEnd, RunStart, StepEnd, TrainEnd, TrainStart
+from evsys_bus import Callback, EventBus, Metrics, RunEnd, RunStart, StepEnd, TrainEnd, TrainingLoop, TrainStart
 from evsys_bus.errors import BusNotOpenError, HookSignatureError, TrainingError
 from evsys_bus.events import Event
 from tests.support.journals import read_envelopes
 from tests.support.programs import EVSYS_BUS
+from tests.support.training_parts import FixedEvaluator, IndexBatches, NumberBackend
 
 QUIET = {"environment": False, "output": False}
 
@@ -423,3 +424,31 @@ def test_a_step_that_is_no_number_is_an_error_at_the_call(tmp_path):
     with pytest.raises(TrainingError, match="not open"):
         run.log({"a": 1.0})
     assert issubclass(StepEnd, Event)
+
+
+async def test_code_inside_a_training_loop_logs_to_its_run(tmp_path):
+    rows = Rows()
+
+    class Extra(Callback):
+        def on_eval(self, state, step_idx, eval_name, metrics):
+            evsys_bus.current_run().log({"late": 1.0})
+
+    class Logs(NumberBackend):
+        async def forward_backward(self, batch):
+            evsys_bus.current_run().log({"inside": 2.0})
+            return await super().forward_backward(batch)
+
+    loop = TrainingLoop(
+        Logs(tmp_path / "states"),
+        IndexBatches(),
+        num_steps=3,
+        output_dir=tmp_path / "a",
+        callbacks=[rows, Extra()],
+        evaluators=[FixedEvaluator("val", 1, {"score": 1.0})],
+    )
+    await loop.run()
+    merged: dict[int, dict] = {}
+    for step, metrics in rows.rows:
+        merged.setdefault(step, {}).update(metrics)
+    assert {step: (row["inside"], row["late"]) for step, row in merged.items()} == dict.fromkeys(range(3), (2.0, 1.0))
+    assert all("inside" in metrics or metrics == {"late": 1.0} for _, metrics in rows.rows)

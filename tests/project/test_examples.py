@@ -89,7 +89,7 @@ def test_R13_a_side_eval_comes_back_as_an_eval_of_its_own_step(tmp_path):
 @pytest.mark.parametrize(
     ("page", "at_least"),
     [
-        ("README.md", 1),
+        ("README.md", 2),
         ("docs/callbacks.md", 6),
         ("docs/checkpoints.md", 1),
         ("docs/content.md", 1),
@@ -99,6 +99,7 @@ def test_R13_a_side_eval_comes_back_as_an_eval_of_its_own_step(tmp_path):
         ("docs/experiments.md", 1),
         ("docs/files.md", 2),
         ("docs/reading.md", 1),
+        ("docs/run.md", 1),
     ],
 )
 def test_every_snippet_of_a_page_runs_and_prints_what_the_page_says(tmp_path, page, at_least):

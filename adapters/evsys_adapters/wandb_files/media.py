@@ -29,6 +29,7 @@ _FOLDERS: Final[Mapping[str, tuple[str, str]]] = {
     "video": ("videos", "video-file"),
     "html": ("html", "html-file"),
 }
+_IMAGE_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
 _NO_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES})
 
 
@@ -93,7 +94,7 @@ def _media(files: Path, step: int, content: Content) -> Media:
     if content.kind == "text":
         return _text(files, content)
     kind = "html" if content.media_type == "text/html" else "image" if content.kind == "figure" else content.kind
-    if kind not in _FOLDERS or (kind == "image" and not content.media_type.startswith("image/")):
+    if kind not in _FOLDERS or (kind == "image" and content.media_type not in _IMAGE_TYPES):
         return _artifact(files, content)
     folder, value_type = _FOLDERS[kind]
     assert content.file is not None
