@@ -161,6 +161,27 @@ def test_content_and_epochs_of_steps_that_are_run_again_are_there_once(run):
     assert epochs["accuracy"] == [(0, 0), (1, 1), (2, 12), (3, 13)]
 
 
+def test_content_after_the_last_row_is_void_when_its_step_is_run_again(run):
+    run.step(0, loss=1.0)
+    run.content("text", "story", "old", 1)  # killed before the row of step 1
+    run.start(1)
+    run.content("text", "story", "new", 1)
+    [(step, value)] = run.media()["story"]
+    assert step == 1
+    assert (run.file.parent / "files" / value["path"]).read_text() == "<pre>new</pre>"
+
+
+def test_artifacts_that_a_resumed_program_stores_again_are_there_once_and_new_ones_too(run, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"12345")
+    for step in (0, 1):
+        run.start(step)
+        run.content("artifact", "weights", tmp_path / "weights.bin")
+        run.step(step, loss=1.0)
+    (tmp_path / "weights.bin").write_bytes(b"123456")
+    run.content("artifact", "weights", tmp_path / "weights.bin")
+    assert [json.loads(value)["size"] for _, value in run.media()["artifact/weights"]] == [5, 6]
+
+
 def test_tags_notes_and_axes_of_a_run_are_those_that_it_had_last(tmp_path):
     logger = WandbLoggerCallback("p", mode="offline")
     with evsys_bus.run(tmp_path / "run", callbacks=[logger], tags=["a"], notes="first", output=False) as run:
