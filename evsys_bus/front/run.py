@@ -48,7 +48,7 @@ from evsys_bus.front.current import activated, add_open, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
 from evsys_bus.front.rows import OpenRow, Row, RowMerger
-from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
+from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
 _NO_BATCH: Final = TrainingBatch()
@@ -464,7 +464,7 @@ class Run(ContentLogger):
     def _capture_output(self) -> None:
         from evsys_bus.front.output import OutputCapture  # only where output is captured
 
-        capture = OutputCapture(self.path / "output.log")
+        capture = OutputCapture(self.path / OUTPUT_FILE)
         capture.start()
         self._stack.callback(capture.stop)
 
