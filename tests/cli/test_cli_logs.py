@@ -151,4 +151,4 @@ def test_the_output_of_a_run_is_shown_with_all(tmp_path):
     assert "one" not in run_evsys_bus("logs", tmp_path / "a").stdout
     shown = run_evsys_bus("logs", tmp_path / "a", "--all").stdout
     assert "output" in shown
-    assert "a  one\n  two" in shown
+    assert "a   one\n  two\n" in shown
