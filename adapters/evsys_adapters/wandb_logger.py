@@ -9,6 +9,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -39,10 +40,11 @@ from evsys_adapters.wandb_files.uploader import Uploader
 from evsys_bus.adapter import RunAnnotated
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch
-from evsys_bus.diagnostics import FaultLog
+from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import EvsysBusError, NotAttachedError
 
 _URL: Final = "wandb_url"
+_MAX_PROJECT_CHARS: Final = 128
 _TASK_RETRY_SECONDS: Final = 30.0
 """Delay before a task for an upload that never started is requested again."""
 
@@ -52,10 +54,12 @@ Mode = Literal["online", "offline", "disabled"]
 class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `WandbLoggerCallback`."""
 
-    project: Annotated[
-        str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])
-    ]
-    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``."""
+    project: (
+        Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])]
+        | None
+    ) = None
+    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``. Default: ``WANDB_PROJECT``,
+    else the name of the experiment's directory, or of the run's if there is no experiment; it is logged once."""
     entity: str | None = None
     """Default: that of the login, or ``WANDB_ENTITY``."""
     name: str | None = None
@@ -101,7 +105,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
 
     def __init__(
         self,
-        project: str,
+        project: str | None = None,
         entity: str | None = None,
         name: str | None = None,
         mode: Mode = "online",
@@ -123,6 +127,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         self._new_id = new_id
         self._faults = FaultLog()
         self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
+        self._logged_project = ""
         self._last_counted: dict[str, int] = {}
         """The last counted event of each stream: starts of runs are repeated after a crash."""
         super().__init__(WandbRunState, self._config.max_pred_rows, position_file_of)
@@ -269,7 +274,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run.describe(
             field(ctx, "config"),
             config_of(ctx),
-            project=config.project,
+            project=config.project or self._default_project(handle),
             entity=config.entity,
             run_group=field(ctx, "group_name") or Path(output_dir_of(ctx)).name or None,
             job_type=config.job_type,
@@ -277,6 +282,14 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         )
         if self._mode == "online":
             self._upload(run, handle)
+
+    def _default_project(self, handle: LoopState | LogContext) -> str:
+        name = os.environ.get("WANDB_PROJECT") or Path(output_dir_of(run_context(handle))).name or run_name(handle)
+        project = re.sub(r"[/\\#?%:]", "-", name)[:_MAX_PROJECT_CHARS]
+        if self._logged_project != project:
+            self._logged_project = project
+            log().info("wandb.project", project=project, why="none was given", fix="WandbLoggerCallback(project=...)")
+        return project
 
     def _upload(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Start the upload of the file, and publish its URL once it is known."""

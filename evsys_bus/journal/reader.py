@@ -503,12 +503,7 @@ def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Recor
 
 
 def read_frames_newest_first(disk: Disk, path: str, window_bytes: int = _CHUNK_BYTES) -> Iterator[Frame]:
-    """Yield the intact frames of one segment, newest first, of all kinds.
-
-    Args:
-        disk: The file system.
-        path: The segment.
-        window_bytes: How much is read at a time: less is faster where only a few frames are needed.
+    """Yield the intact frames of one segment, newest first, of all kinds; ``window_bytes`` are read at a time.
 
     Raises:
         JournalVersionError: A newer version of evsys-bus wrote it.

@@ -1,0 +1,119 @@
+"""`EvsysBusLogger` and `EvsysBusUserCallback`: Ray Tune and Ray Train on the bus.
+
+    Tuner(trainable, run_config=tune.RunConfig(name="sweep", callbacks=[EvsysBusLogger("runs/sweep")]))
+    DataParallelTrainer(train, run_config=train.RunConfig(name="sft", callbacks=[EvsysBusUserCallback("runs/sft")]))
+
+Each trial of Tune is a run in the directory, named after the trial. Train calls its callback in the controller, which
+is a process of its own: give an absolute path, on a file system that it shares with you.
+"""
+
+# The checks run without the framework, whose types are unknown then.
+# pyright: basic, reportMissingImports=false
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from ray.train import UserCallback
+from ray.tune.logger import LoggerCallback
+
+from evsys_adapters.bridges._base import RUN_DIR_VARIABLE, isolated
+from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.common.hook_arguments import safe_name
+from evsys_bus.errors import TrainingError
+
+_FACTS_OF_THE_TRIAL: Final = frozenset(
+    {"config", "checkpoint_dir_name", "date", "done", "experiment_id", "experiment_tag", "hostname", "node_ip", "pid"}
+) | {"should_checkpoint", "timestamp", "trial_id"}
+"""What Tune adds to every result that is no metric."""
+_STEP_KEYS: Final = ("training_iteration", "global_step", "step")
+
+
+class EvsysBusLogger(LoggerCallback):
+    """Writes each trial's results, checkpoints, config and end to a run; a step is a ``training_iteration``.
+
+    Args:
+        path: The directory of the runs. Default: ``EVSYS_BUS_RUN_DIR``, else ``runs/<experiment>``.
+        options: Passed to `evsys_bus.run` for each trial, with copies of the ``callbacks``.
+    """
+
+    def __init__(self, path: Any = None, **options: Any) -> None:
+        self.bridge = StepBridge(path, **options)
+        """Counts the failures of all trials."""
+        self._path, self._options = path or os.environ.get(RUN_DIR_VARIABLE), options
+        self._trials: dict[str, StepBridge] = {}
+
+    @isolated
+    def log_trial_start(self, trial: Any) -> None:
+        self._bridge_of(trial).open()
+
+    @isolated
+    def log_trial_result(self, iteration: int, trial: Any, result: Any) -> None:
+        metrics = {key: value for key, value in result.items() if key not in _FACTS_OF_THE_TRIAL}
+        self._bridge_of(trial).log(metrics, result["training_iteration"], commit=True)
+
+    @isolated
+    def log_trial_save(self, trial: Any) -> None:
+        if trial.checkpoint is not None:
+            step = (trial.last_result or {}).get("training_iteration", 0)
+            self._bridge_of(trial).checkpoint(trial.checkpoint.path, step)
+
+    @isolated
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        bridge = self._bridge_of(trial)
+        del self._trials[trial.trial_id]
+        if failed:
+            error = trial.get_pickled_error()
+            bridge.finish(error or TrainingError(f"the trial {trial} failed", fix=f"see {trial.error_file}"))
+        else:
+            bridge.complete()
+
+    def _bridge_of(self, trial: Any) -> StepBridge:
+        bridge = self._trials.get(trial.trial_id)
+        if bridge is None:
+            folder = Path(self._path or Path("runs", safe_name(trial.experiment_dir_name)))
+            options = self._options | {
+                "callbacks": [copy.deepcopy(each) for each in self._options.get("callbacks", ())]
+            }
+            bridge = self._trials[trial.trial_id] = StepBridge(folder / safe_name(str(trial)), **options)
+            bridge.update_config({key: value for key, value in trial.config.items() if key != "callbacks"})
+        return bridge
+
+
+class EvsysBusUserCallback(UserCallback):
+    """Writes what the worker of rank 0 reports to a run.
+
+    The step of a row is ``training_iteration``, ``global_step`` or ``step`` of its metrics, else the number of reports:
+    report the step, so that a training which resumes from a checkpoint replaces the rows behind it.
+
+    Args:
+        path: The run's directory. Default: ``EVSYS_BUS_RUN_DIR``, else the training's directory.
+        step_key: The metric that is the step.
+        options: Passed to `evsys_bus.run`.
+    """
+
+    def __init__(self, path: Any = None, *, step_key: str | None = None, **options: Any) -> None:
+        self.bridge = StepBridge(path, **options)
+        self._step_keys = _STEP_KEYS if step_key is None else (step_key,)
+        self._reports = 0
+
+    @isolated
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        if self.bridge.run is None:
+            run_config = run_context.run_config
+            self.bridge.default_path = Path(run_config.storage_path, run_config.name, "run")
+            self.bridge.open(config=run_context.train_loop_config)
+            self._reports = self.bridge.recorded_steps
+        reported = dict(metrics[0])
+        step = next((int(reported[key]) for key in self._step_keys if key in reported), self._reports)
+        self._reports = step + 1
+        self.bridge.log(reported, step, commit=True)
+        if checkpoint is not None:
+            self.bridge.checkpoint(checkpoint.path, step)
+
+    @isolated
+    def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
+        """Record an alert: Ray decides whether the training is tried again."""
+        for rank, error in [*worker_exceptions.items()][:1]:
+            self.bridge.open().alert(f"the worker of rank {rank} failed", str(error), "error")
