@@ -5,6 +5,7 @@ StepEnd                 metrics ``train/<key>``; keys that have a ``/`` stay as 
 Eval, BenchmarkEval     metrics ``eval/<name>/<key>``, after training ``final/<name>/<key>``; predictions as a table
 Checkpoint              a tag ``checkpoint.<name>``
 Content                 an artifact ``<kind>/<name>/step-<n>/…``
+Alert                   a tag ``alert.<title>``
 Environment             the artifact ``environment.json``, and the commit under MLflow's own names
 Summary, EpochEnd       metrics ``summary/<key>``, and ``epoch/<key>`` over the epoch
 SystemMetrics           metrics ``system/<key>``
@@ -153,6 +154,7 @@ class MlflowSink(Sink):
             "on_checkpoint": self._on_checkpoint,
             "on_summary": self._on_summary,
             "on_content": self._on_content,
+            "on_alert": self._on_alert,
             "on_system_metrics": self._on_system_metrics,
             "on_train_end": self._on_train_end,
             "on_run_end": self._on_run_end,
@@ -329,6 +331,11 @@ class MlflowSink(Sink):
         if not file.exists():
             raise TrackingRefusedError(f"{file} is missing, so it cannot be an artifact", "")
         self._client.log_file(run.id, file, folder)
+
+    def _on_alert(self, event: Any, envelope: Envelope) -> None:
+        run, facts = self._run(event.ctx, envelope), values_of({"title": event.title, "text": event.text})
+        text = f"{event.level}: {facts['text'] or facts['title']}"
+        self._tags.setdefault(run.key, {})[f"alert.{safe_key(str(facts['title']))}"] = text
 
     def _on_train_end(self, event: Any, envelope: Envelope) -> None:
         run = self._run(event.state, envelope)

@@ -1,7 +1,7 @@
 """`WandbLoggerCallback`: logs each run to a local file in W&B's format, which is uploaded while it is written.
 
 <output_dir>/<run_key>/wandb/offline-run-<time>-<id>/run-<id>.wandb     the file that `wandb sync` uploads
-                                                     files/media/table/…  predictions
+                                                     files/media/table/…  predictions, and other content of the run
                                                      upload.log         output of the upload
                                                      run-<id>.wandb.uploaded     size that the server has
                                                      .run-<id>.wandb.at     which events it has the rows of
@@ -21,6 +21,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import (
     field,
+    fields,
     num_steps_of,
     output_dir_of,
     ranked_folder,
@@ -85,6 +86,9 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
     experiment; the notes are the hypothesis. A resumed run is the same W&B run; steps that are run again replace the
     earlier ones. Ranks above 0 are separate runs named ``<name>-rank<rank>``.
 
+    Content is logged over ``media/step`` with W&B's data types. Texts are pages of HTML; artifacts, and files that W&B
+    has no type for, are files of the run, in ``media/artifact``.
+
     The run's state at W&B, finished or failed, comes from its RunEnd, or else its TrainEnd, once no more events are
     expected. Without either the state is unknown: all rows are uploaded, and W&B shows the run as running, then as
     crashed, its state for a run that stopped reporting. (``wandb sync`` would mark it as failed.)
@@ -143,6 +147,18 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run = self._run(state)
         is_due = step % self._config.log_every == 0 or step + 1 == num_steps_of(state)
         self._once(run, lambda: run.add_step(step, metrics) if is_due else run.defer_step(step, metrics))
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Log changed keys of the configuration; if there are none, the tags, notes or axes have changed."""
+        run = self._run(ctx)
+
+        def update() -> None:
+            run.add_config(config, ctx)
+            if not config:
+                run.notes.described = False
+                self._describe_run(run, ctx)
+
+        self._once(run, update)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
@@ -274,6 +290,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run.describe(
             field(ctx, "config"),
             config_of(ctx),
+            fields(field(ctx, "extras")),
             project=config.project or self._default_project(handle),
             entity=config.entity,
             run_group=field(ctx, "group_name") or Path(output_dir_of(ctx)).name or None,

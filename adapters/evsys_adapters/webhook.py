@@ -35,7 +35,7 @@ from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.codec.redact import redact_text
 from evsys_bus.errors import DeliveryError, ParkedError, RejectedError, RetryLaterError
-from evsys_bus.events import Alert, Envelope, Eval, RunEnd, RunStart, StepEnd, TrainEnd, TrainStart
+from evsys_bus.events import Alert, Envelope, Eval, RunEnd, RunStart, StepEnd, Summary, TrainEnd, TrainStart
 from evsys_bus.sink import BatchResult, Sink
 
 _URL: Final = r"^https?://[^/\s?#]+(/\S*)?$"
@@ -169,8 +169,10 @@ class WebhookSink(Sink):
             prefix = f"{event.eval_name}/" if isinstance(event, Eval) else ""
             notes.step = max(step_of(event.step_idx), notes.step or 0)
             notes.metrics |= {f"{prefix}{key}": each for key, each in _plain_metrics(event.metrics).items()}
-            for key in list(notes.metrics)[:-_MAX_METRICS]:
-                del notes.metrics[key]
+        elif isinstance(event, Summary):
+            notes.metrics |= {f"summary/{key}": each for key, each in _plain_metrics(event.values).items()}
+        for key in list(notes.metrics)[:-_MAX_METRICS]:
+            del notes.metrics[key]
         return notes
 
     def _forget_ended(self, envelope: Envelope) -> None:

@@ -43,7 +43,8 @@ from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
-from evsys_bus.events import Content, Environment, Eval
+from evsys_bus.events import Alert, Content, Environment, Eval, Summary
+from evsys_bus.front.media import store_content
 from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters
@@ -517,3 +518,17 @@ async def deliver_while_the_server_starts(journal, server):
         group.create_task(start())
         group.create_task(courier.run())
     return courier
+
+
+async def test_content_is_an_artifact_alerts_are_tags_and_a_summary_is_metrics(store, tmp_path, journal):
+    ctx, state = contexts(tmp_path)
+    ctx.run_dir.mkdir(parents=True)
+    page = store_content(ctx.run_dir, "html", "page", "<p>hello</p>")
+    events = [RunStart(ctx), TrainStart(state), Content(state, 3, page)]
+    events += [Alert(ctx, "loss is NaN", "look", "error"), Summary(ctx, {"best": 0.5})]
+    record(journal, events)
+    await deliver(journal, sink(store))
+    run = only_run(store)
+    assert artifact(store, run, f"html/page/step-3/{Path(page.path).name}") == "<p>hello</p>"
+    assert run.data.tags["alert.loss is NaN"] == "error: look"
+    assert history(store, run, "summary/best") == [(0, 0.5)]

@@ -26,7 +26,7 @@ from evsys_bus import (
 )
 from evsys_bus.context import LoopArtifacts
 from evsys_bus.errors import ConfigError, ParkedError
-from evsys_bus.events import Alert
+from evsys_bus.events import Alert, Summary
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
 from support.journals import read_envelopes
@@ -120,6 +120,16 @@ def test_a_failed_run_is_posted_with_its_error_duration_and_last_metrics(receive
     assert body["error"].startswith("CUDA out of memory")
     assert "hunter2" not in json.dumps(body)
     assert receiver.ids == [body["id"]]
+
+
+async def test_what_the_run_has_set_as_its_summary_is_posted_at_its_end(receiver, tmp_path, journal):
+    events = [*failing_run(tmp_path)]
+    summary = Summary(events[0].ctx, {"best": 0.25, "api_key": "secret-4"})
+    record(journal, [*events[:-2], summary, *events[-2:]])
+    await deliver(journal, WebhookSink(receiver.url))
+    [body] = receiver.bodies
+    assert body["metrics"]["summary/best"] == 0.25
+    assert "secret-4" not in json.dumps(body)
 
 
 async def test_a_loop_without_a_run_start_is_posted_at_its_train_end(receiver, tmp_path, journal):
