@@ -1,4 +1,4 @@
-"""The interface of W&B's client, for programs that say ``import wandb``; it writes a run of the bus.
+"""The interface of W&B's client, for programs with ``import wandb``; it writes a run of the bus.
 
     import evsys_adapters.bridges.wandb as wandb
 
