@@ -16,8 +16,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
 
-from evsys_adapters import CsvMetricsCallback, TensorBoardLoggerCallback
-from evsys_bus import Callback
+from evsys_bus import Callback, build_callbacks
 
 SAVE_EVERY: Final = 5
 """Steps from one checkpoint to the next."""
@@ -30,11 +29,11 @@ class Killer(Callback):
         self._kill_at, self._stop_at, self._rows = kill_at, stop_at, 0
 
     def on_metrics(self, state: Any, step_idx: int, metrics: Any) -> None:
-        """See the part of a row, which is on record."""
+        """See the part of a row, before it is on record."""
         self._count_row()
 
     def on_step_end(self, state: Any, step_idx: int, batch: Any, metrics: Any) -> None:
-        """See a row, which is on record."""
+        """See a row."""
         self._count_row()
         if self._stop_at is not None and step_idx >= self._stop_at:
             state.request_stop("as requested")
@@ -60,11 +59,12 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of a bridge."""
-        loggers = [
-            CsvMetricsCallback("{run_dir}/metrics.csv"),
-            TensorBoardLoggerCallback(str(self.folder / "tensorboard")),
-        ]
-        return {"path": self.folder / "run", "callbacks": [self.killer, *loggers]}
+        params = {
+            "csv_metrics": {"out_path": "{run_dir}/metrics.csv"},
+            "tensorboard_logger": {"log_dir": str(self.folder / "tensorboard")},
+        }
+        loggers = [{"kind": kind, "params": each, "placement": "follow"} for kind, each in params.items()]
+        return {"path": self.folder / "run", "callbacks": [self.killer, *build_callbacks(loggers)]}
 
     def time(self, logger: Any, method: str, *, label: str, step_of: Callable[..., int | None] | None = None) -> None:
         """Time each call of a logger's method from here on; with ``step_of`` its step counts as acknowledged."""

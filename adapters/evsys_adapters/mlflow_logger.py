@@ -5,6 +5,8 @@ StepEnd                 metrics ``train/<key>``; keys that have a ``/`` stay as 
 Eval, BenchmarkEval     metrics ``eval/<name>/<key>``, after training ``final/<name>/<key>``; predictions as a table
 Checkpoint              a tag ``checkpoint.<name>``
 Content                 an artifact ``<kind>/<name>/step-<n>/…``
+Environment             the artifact ``environment.json``, and the commit under MLflow's own names
+Summary, EpochEnd       metrics ``summary/<key>``, and ``epoch/<key>`` over the epoch
 SystemMetrics           metrics ``system/<key>``
 RunEnd                  the status FINISHED, FAILED or KILLED
 """
@@ -142,6 +144,7 @@ class MlflowSink(Sink):
         self._handlers: dict[str, Callable[[Any, Envelope], None]] = {
             "on_run_start": self._on_start,
             "on_train_start": self._on_start,
+            "on_environment": self._on_environment,
             "on_config_update": self._on_config_update,
             "on_step_end": self._on_step_end,
             "on_eval": self._on_eval,
@@ -250,6 +253,19 @@ class MlflowSink(Sink):
         if run.ended:
             self._client.set_status(run.id, "RUNNING")
             run.ended = False
+
+    def _on_environment(self, event: Any, envelope: Envelope) -> None:
+        """Log the facts as a file, and the commit under MLflow's own names."""
+        run = self._run(event.ctx, envelope)
+        self._client.log_text(run.id, json_of(event.facts), "environment.json")
+        git = _mapping(field(event.facts, "git"))
+        names = {"commit": "mlflow.source.git.commit", "branch": "mlflow.source.git.branch"}
+        names["remote"] = "mlflow.source.git.repoURL"
+        found = {tag: str(git[name]) for name, tag in names.items() if git.get(name)}
+        command = list_or_empty(field(event.facts, "command"))
+        if command:
+            found["mlflow.source.name"] = " ".join(map(str, command))
+        self._tags.setdefault(run.key, {}).update(found)
 
     def _on_config_update(self, event: Any, envelope: Envelope) -> None:
         run = self._run(event.ctx, envelope)
@@ -370,9 +386,16 @@ class MlflowSink(Sink):
         return run
 
     def _run_tags(self, handle: object) -> dict[str, str]:
-        group = field(run_context(handle), "group_name")
-        tags = {"evsys_bus.run_key": run_name(handle), **self.config.tags}
-        return tags if group is None else tags | {"group": str(group)}
+        ctx = run_context(handle)
+        extras, group = field(ctx, "extras"), field(ctx, "group_name")
+        found = {"evsys_bus.run_key": run_name(handle), **self.config.tags}
+        if group is not None:
+            found["group"] = str(group)
+        if words := list_or_empty(field(extras, "tags")):
+            found["tags"] = ", ".join(map(str, words))
+        if notes := field(extras, "notes"):
+            found["mlflow.note.content"] = str(notes)
+        return found
 
     def _experiment(self, handle: object) -> str:
         named = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")

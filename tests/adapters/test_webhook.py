@@ -26,7 +26,7 @@ from evsys_bus import (
 )
 from evsys_bus.context import LoopArtifacts
 from evsys_bus.errors import ConfigError, ParkedError
-from evsys_bus.events import declared_events
+from evsys_bus.events import Alert
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
 from support.journals import read_envelopes
@@ -91,10 +91,6 @@ def receiver():
     server.stop()
 
 
-def alert(ctx, title, text="", level="warning"):
-    return declared_events()["alert"](ctx, title, text, level)
-
-
 def failing_run(folder, *, error="CUDA out of memory at https://user:hunter2@host/x"):
     """The events of a run that fails in its second step."""
     ctx = LogContext(folder, config={"lr": 1}).for_run("ppo")
@@ -144,7 +140,7 @@ async def test_run_starts_are_posted_on_request(receiver, tmp_path, journal):
 
 async def test_alerts_are_posted_from_their_minimum_level_on(receiver, tmp_path, journal):
     ctx = LogContext(tmp_path).for_run("ppo")
-    record(journal, [alert(ctx, "fine", level="info"), alert(ctx, "KL is 12", "see step 9", "error")])
+    record(journal, [Alert(ctx, "fine", level="info"), Alert(ctx, "KL is 12", "see step 9", "error")])
     await deliver(journal, WebhookSink(receiver.url, min_level="warning"))
     [body] = receiver.bodies
     assert (body["run"], body["level"], body["title"], body["text"]) == ("ppo", "error", "KL is 12", "see step 9")

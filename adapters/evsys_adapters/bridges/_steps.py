@@ -1,4 +1,4 @@
-"""`StepBridge`: a run that goes on at the step of its first row, for loggers without a start and an end.
+"""`StepBridge`: a run that begins at the step of its first row, for loggers that get neither a start nor an end.
 
 Such programs write texts and settings before their first row. The run is therefore open from the first call on, behind
 all that is on record; when the first row has an earlier step, the recorded rows from there on are replaced. Metrics of

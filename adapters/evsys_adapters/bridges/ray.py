@@ -10,6 +10,7 @@ is a process of its own: give an absolute path, on a file system that it shares 
 # The checks run without the framework, whose types are unknown then.
 # pyright: basic, reportMissingImports=false
 
+import asyncio
 import copy
 import os
 from pathlib import Path
@@ -97,6 +98,7 @@ class EvsysBusUserCallback(UserCallback):
         self.bridge = StepBridge(path, **options)
         self._step_keys = _STEP_KEYS if step_key is None else (step_key,)
         self._reports = 0
+        self._error: Exception | None = None
 
     @isolated
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
@@ -105,8 +107,11 @@ class EvsysBusUserCallback(UserCallback):
             self.bridge.default_path = Path(run_config.storage_path, run_config.name, "run")
             self.bridge.open(config=run_context.train_loop_config)
             self._reports = self.bridge.recorded_steps
+            self._end_with_controller()
+        self._error = None
         reported = dict(metrics[0])
-        step = next((int(reported[key]) for key in self._step_keys if key in reported), self._reports)
+        step_key = next((key for key in self._step_keys if key in reported), None)
+        step = self._reports if step_key is None else int(reported.pop(step_key))
         self._reports = step + 1
         self.bridge.log(reported, step, commit=True)
         if checkpoint is not None:
@@ -116,4 +121,21 @@ class EvsysBusUserCallback(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
         """Record an alert: Ray decides whether the training is tried again."""
         for rank, error in [*worker_exceptions.items()][:1]:
+            self._error = error
             self.bridge.open().alert(f"the worker of rank {rank} failed", str(error), "error")
+
+    def _end_with_controller(self) -> None:
+        # Ray has no hook for the end, and its processes end without exit handlers. Hooks run in the controller's task.
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop: the run ends with the program
+            return
+        if task is not None:
+            task.add_done_callback(self._end)
+
+    @isolated
+    def _end(self, task: Any) -> None:
+        if self._error is not None:
+            self.bridge.finish(self._error)
+        else:
+            self.bridge.complete()

@@ -2,9 +2,10 @@
 
     hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
 
-The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
-A note beside the file records which events it has the rows of (`evsys_adapters.output_files.output_positions`);
-without one, as beside files of 0.1.0, rows that may be delivered again are compared with the existing ones.
+The streams are ``train``, ``eval/<name>`` and ``system``. Subclasses define how a row is encoded and what else is
+logged of a run. A note beside the file records which events it has the rows of
+(`evsys_adapters.output_files.output_positions`); without one, as beside files of 0.1.0, rows that may be delivered
+again are compared with the existing ones.
 """
 
 import threading
@@ -32,6 +33,7 @@ from evsys_adapters.output_files.output_lease import has_courier
 from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
 from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.output_files.step_tracker import StepTracker
+from evsys_adapters.system_metrics import SystemMetrics
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
@@ -46,6 +48,8 @@ from evsys_bus.context import (
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
 
+SYSTEM: Final = SystemMetrics.hook.removeprefix("on_").removesuffix("_metrics")
+"""Stream of the samples of the machine."""
 UNKNOWN_STEP: Final = 1 << 62
 """Larger than any step."""
 
@@ -182,6 +186,17 @@ class LoggedRun(Generic[StateT]):
             if new_values:
                 self._write(stream, step, new_values)
 
+    def add_sample(self, step: int, values: object) -> None:
+        """Log a sample of the machine; it is no row of the training, and voids none.
+
+        It is left out while delivered rows are compared with existing ones: its time shows nothing about theirs,
+        because samples are delivered in no order with them.
+        """
+        with self.lock:
+            if self.notes.tracker.position_unknown and (self._load_recorded_keys() or self._may_repeat()):
+                return
+            self._write(SYSTEM, step, values_of(values))
+
     def add_benchmark(self, step: int | None, result: object, predictions: object, max_predictions: int) -> None:
         """Log a benchmark with up to ``max_predictions`` predictions; one without a step was scored after training."""
         name = str(field(result, "name") or "benchmark")
@@ -216,18 +231,23 @@ class LoggedRun(Generic[StateT]):
         tracker = self.notes.tracker
         if not tracker.position_unknown:
             return False
-        if self._recorded_keys is None:
-            try:
-                existing_keys, self._newest_time = self._existing_rows()
-                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
-            except OSError as error:
-                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        self._load_recorded_keys()
         if self.event_time > self._newest_time:  # everything from here on is new
             if tracker.pending_start is not None:
                 self._apply_start(tracker.pending_start)
             tracker.position_unknown, self._recorded_keys = False, None
             self.notes.unconfirmed_keys = []
         return tracker.position_unknown
+
+    def _load_recorded_keys(self) -> AbstractSet[int]:
+        """Return the keys of the rows that were in the file before any was delivered."""
+        if self._recorded_keys is None:
+            try:
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
+            except OSError as error:
+                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        return self._recorded_keys
 
     def _resolve_pending_start(self, *, is_logged: bool) -> None:
         """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
@@ -346,6 +366,13 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         known = None if at is None else step_of(at)
         run = self._run(ctx)
         self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
+
+    def on_system_metrics(self, ctx: LogContext, values: dict[str, float], step: int | None) -> None:
+        """Log a sample of the machine; it is left out before the run's own start, which describes the run."""
+        run = self._runs.get(self._key(ctx))
+        if run is not None:
+            run.event_time = self.event.time
+            run.add_sample(0 if step is None else step_of(step), values)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Bring the file into order and close it."""

@@ -238,6 +238,12 @@ class WandbRun(LoggedRun[WandbRunState]):
             "caption": table.caption,
         }
 
+    def add_sample(self, step: int, values: object) -> None:
+        """See `LoggedRun.add_sample`; one that comes after the end of the run is left out, and does not reopen it."""
+        with self.lock:
+            if not self.notes.ended:
+                super().add_sample(step, values)
+
     def _void_from(self, first_step: float) -> None:
         """See `LoggedRun._void_from`; also removes the end of the run, because W&B reads no further."""
         self._rewrite(lambda payloads: self._records.without_steps_from(first_step, payloads))
