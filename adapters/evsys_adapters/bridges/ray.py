@@ -11,7 +11,6 @@ is a process of its own: give an absolute path, on a file system that it shares 
 # pyright: basic, reportMissingImports=false
 
 import asyncio
-import copy
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -36,14 +35,18 @@ class EvsysBusLogger(LoggerCallback):
 
     Args:
         path: The directory of the runs. Default: ``EVSYS_BUS_RUN_DIR``, else ``runs/<experiment>``.
-        options: Passed to `evsys_bus.run` for each trial, with copies of the ``callbacks``.
+        options: Passed to `evsys_bus.run` for each trial, with ``callbacks`` made anew with the same arguments.
     """
 
     def __init__(self, path: Any = None, **options: Any) -> None:
         self.bridge = StepBridge(path, **options)
         """Counts the failures of all trials."""
-        self._path, self._options = path or os.environ.get(RUN_DIR_VARIABLE), options
+        self._path = path or os.environ.get(RUN_DIR_VARIABLE)
         self._trials: dict[str, StepBridge] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without open runs: they go on from what is on record."""
+        return vars(self) | {"_trials": {}}
 
     @isolated
     def log_trial_start(self, trial: Any) -> None:
@@ -74,10 +77,7 @@ class EvsysBusLogger(LoggerCallback):
         bridge = self._trials.get(trial.trial_id)
         if bridge is None:
             folder = Path(self._path or Path("runs", safe_name(trial.experiment_dir_name)))
-            options = self._options | {
-                "callbacks": [copy.deepcopy(each) for each in self._options.get("callbacks", ())]
-            }
-            bridge = self._trials[trial.trial_id] = StepBridge(folder / safe_name(str(trial)), **options)
+            bridge = self._trials[trial.trial_id] = self.bridge.copy_for(folder / safe_name(str(trial)))
             bridge.update_config({key: value for key, value in trial.config.items() if key != "callbacks"})
         return bridge
 
