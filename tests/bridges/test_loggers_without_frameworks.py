@@ -1,6 +1,7 @@
 """The writers and loggers that need no framework; and programs with them that are killed and started again."""
 
 import itertools
+import pickle
 import random
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.frameworks import steps_in_csv, steps_in_journal
+from evsys_adapters import CsvMetricsCallback, TensorBoardLoggerCallback
+from evsys_adapters.bridges._steps import StepBridge
 from evsys_adapters.bridges.tensorboard import SummaryWriter
 from evsys_adapters.bridges.tinker_cookbook import EvsysBusLogger as TinkerLogger
 from evsys_adapters.bridges.torchtune import EvsysBusLogger as TorchtuneLogger
@@ -278,3 +281,15 @@ def test_a_bridge_imports_no_framework(module, program):
         f"import sys, evsys_adapters.bridges.{module}\nprint([each for each in {names} if each in sys.modules])"
     )
     assert done.communicate(timeout=20)[0].strip() == "[]", sys.executable
+
+
+def test_a_pickled_or_copied_bridge_has_callbacks_of_the_same_arguments(run_dir, tmp_path):
+    loggers = [CsvMetricsCallback("{run_dir}/m.csv", delimiter=";"), TensorBoardLoggerCallback()]
+    bridge = StepBridge(run_dir, callbacks=loggers, **OPTIONS)
+    bridge.log({"loss": 1.0}, 0)
+    other = pickle.loads(pickle.dumps(bridge)).copy_for(tmp_path / "other")
+    bridge.complete()
+    other.log({"loss": 0.5}, 3)
+    other.complete()
+    assert (run_dir / "m.csv").read_text() == "step;loss\n0;1.0\n"
+    assert (tmp_path / "other" / "m.csv").read_text() == "step;loss\n3;0.5\n"
