@@ -15,7 +15,6 @@ from evsys_bus.front.run import Run
 from evsys_bus.location import local_path
 from evsys_bus.run_files import journal_directory
 
-
 _paths: Final[WeakKeyDictionary[EventBus, dict[str, Path]]] = WeakKeyDictionary()
 """The directory of each run that a bus had, by its name."""
 

@@ -136,9 +136,8 @@ class Run(ContentLogger):
         except TypeError:  # not a mapping, or with keys that are no texts
             part = _to_row(metrics)
         if step is None:
-            step = self.state.step if self._is_attached else self._loop_step
-            if step is None:
-                step, commit = self._next_step, True
+            step, is_whole = self._current_step()
+            commit = commit or is_whole
         elif type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
             step = _whole(step)
         if step >= self._next_step:
@@ -515,6 +514,11 @@ class Run(ContentLogger):
             self.bus.add_first(merger)
         merger.rows[self.name] = self._row
         self._row_merger = merger
+
+    def _current_step(self) -> tuple[int, bool]:
+        """Return the step of a part that names none, and whether it is a step of its own."""
+        step = self.state.step if self._is_attached else self._loop_step
+        return (self._next_step, True) if step is None else (step, False)
 
     def _step_of(self, step: int | None) -> int:
         if step is not None:

@@ -66,7 +66,10 @@ def test_any_value_is_logged_and_a_nested_dict_gets_paths_as_names(tmp_path, met
 def test_scalars_of_numpy_keep_their_kind(tmp_path):
     numpy = pytest.importorskip("numpy")
     rows = Rows()
-    metrics = {"i": numpy.int64(3), "b": numpy.bool_(True), "f": numpy.float32(1.5), "d": numpy.float64(2.5), "z": numpy.array(4)}  # fmt: skip
+    metrics = {
+        "i": numpy.int64(3), "b": numpy.bool_(True), "f": numpy.float32(1.5), "d": numpy.float64(2.5),
+        "z": numpy.array(4),
+    }  # fmt: skip
     with evsys_bus.run(tmp_path / "a", callbacks=[rows], **QUIET) as run:
         run.log(metrics, step=0, commit=True)
     assert {name: (type(value), value) for name, value in rows.rows[0][1].items()} == {
