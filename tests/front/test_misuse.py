@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import evsys_bus
-from evsys_bus import Callback, EventBus, Metrics, TrainingLoop, TrainStart
+from evsys_bus import Callback, EventBus, LoopState, Metrics, TrainingLoop, TrainStart
+from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import BusNotOpenError, SettingError, TrainingError
+from evsys_bus.events import Envelope
 from tests.support.journals import read_envelopes
+from tests.support.programs import run_evsys_bus
 from tests.support.training_parts import IndexBatches, NumberBackend
 
 QUIET = {"environment": False, "output": False}
@@ -335,3 +338,24 @@ def test_a_directory_that_may_not_be_written_is_refused_in_words(tmp_path):
     with pytest.raises(TrainingError, match="cannot be written"):
         evsys_bus.run(tmp_path / "a", **QUIET).start()
     tmp_path.chmod(0o755)
+
+
+def test_show_reads_a_run_with_checkpoints_from_its_journal(tmp_path):
+    with evsys_bus.run(tmp_path / "a", **QUIET) as run:
+        for step in run.steps(3):
+            run.log({"loss": float(step)})
+        run.checkpoint("one", state_path=tmp_path)
+    shown = run_evsys_bus("show", tmp_path / "a").stdout
+    assert "3 of 3" in shown
+    assert "loss" in shown
+    assert "one" in shown
+
+
+def test_a_part_that_is_recorded_late_does_not_remove_the_row_of_a_later_step(tmp_path):
+    state = LoopState(step=0, num_steps=None, output_dir=tmp_path)
+    rows = OpenRows()
+    for sequence, (step, metrics) in enumerate([(6, {"a": 6.0}), (5, {"b": 5.0}), (6, {"c": 6.5})], 1):
+        rows.update(Envelope("r0-000001", sequence, 0.0, Metrics(state, step, metrics), "a", 0))
+    [row] = rows.of("r0-000001")
+    assert (row.event.step_idx, row.event.metrics) == (6, {"a": 6.0, "c": 6.5})
+    assert rows.first_parts() == {"r0-000001": 1}
