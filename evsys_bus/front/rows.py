@@ -36,7 +36,8 @@ class OpenRow:
             elif open_step is None or step > open_step:
                 if open_step is not None:
                     complete.append((open_step, self._metrics))
-                self.step, self._metrics, self._parts = step, part, 1
+                # A copy of a part that is published too: its event must not change when the next part is added.
+                self.step, self._metrics, self._parts = step, part if commit else {**part}, 1
             else:
                 return [(step, part)], True
             is_complete = commit or self._parts >= MAX_PARTS
