@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self, cast
 import msgspec
 
 from evsys_bus.bus import EventBus
+from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
 from evsys_bus.context import (
     ArmResult,
@@ -48,7 +49,7 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, rows_left_open
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
@@ -115,7 +116,7 @@ class Run(ContentLogger):
         self._is_ending = False
         self._stack: Final = ExitStack()
         self._background: threading.Thread | None = None
-        self._faults: Final = FaultLog()
+        self._faults = FaultLog()
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
@@ -402,6 +403,11 @@ class Run(ContentLogger):
             )
             self._background.start()
         self.bus.publish(TrainStart(self.state))
+        journal = self.bus.health().journal
+        if self._is_continued and journal is not None:
+            for each in rows_left_open(journal.directory, self.bus.rank, self.name):
+                row: Any = each.event
+                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, _NO_BATCH, row.metrics)
 
     def _save_start(self) -> None:
         started_at = self._file.started_at or now()
