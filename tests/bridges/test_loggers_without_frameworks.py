@@ -216,9 +216,10 @@ KILLED = """
         import json, os, sys
         from pathlib import Path
         from benchmarks.framework_trainings import Killer
-        from evsys_adapters import CsvMetricsCallback
+        from evsys_bus import build_callbacks
         kill_at = int(sys.argv[1])
-        callbacks = [Killer(kill_at or None), CsvMetricsCallback("{run_dir}/metrics.csv")]
+        table = {"kind": "csv_metrics", "params": {"out_path": "{run_dir}/metrics.csv"}, "placement": "follow"}
+        callbacks = [Killer(kill_at or None), *build_callbacks([table])]
         checkpoint = Path("checkpoint")
         first = int(checkpoint.read_text()) if checkpoint.exists() else 0
 """
