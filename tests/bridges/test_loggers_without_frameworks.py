@@ -16,7 +16,7 @@ from evsys_adapters.bridges._steps import StepBridge
 from evsys_adapters.bridges.tensorboard import SummaryWriter
 from evsys_adapters.bridges.tinker_cookbook import EvsysBusLogger as TinkerLogger
 from evsys_adapters.bridges.torchtune import EvsysBusLogger as TorchtuneLogger
-from evsys_bus import Content, Eval, RunEnd, StepEnd, TrainStart, read
+from evsys_bus import Content, Eval, RunEnd, StepEnd, TrainStart, build_callbacks, read
 from support.journals import read_events
 
 OPTIONS = {"environment": False, "output": False}
@@ -284,12 +284,16 @@ def test_a_bridge_imports_no_framework(module, program):
 
 
 def test_a_pickled_or_copied_bridge_has_callbacks_of_the_same_arguments(run_dir, tmp_path):
+    spec = {"kind": "csv_metrics", "params": {"out_path": "{run_dir}/followed.csv"}, "placement": "follow"}
     loggers = [CsvMetricsCallback("{run_dir}/m.csv", delimiter=";"), TensorBoardLoggerCallback()]
-    bridge = StepBridge(run_dir, callbacks=loggers, **OPTIONS)
+    bridge = StepBridge(run_dir, callbacks=[*loggers, *build_callbacks([spec])], **OPTIONS)
     bridge.log({"loss": 1.0}, 0)
     other = pickle.loads(pickle.dumps(bridge)).copy_for(tmp_path / "other")
     bridge.complete()
     other.log({"loss": 0.5}, 3)
+    bus = other.run.bus
     other.complete()
     assert (run_dir / "m.csv").read_text() == "step;loss\n0;1.0\n"
     assert (tmp_path / "other" / "m.csv").read_text() == "step;loss\n3;0.5\n"
+    assert (tmp_path / "other" / "followed.csv").read_text() == "step,loss\n3,0.5\n"
+    assert {each.name for each in bus.receipt.deliveries} == {"csv_metrics", "tensorboard_logger"}

@@ -13,8 +13,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
+import msgspec
+
 from evsys_adapters.bridges._base import RunBridge
+from evsys_adapters.common.hook_arguments import field
 from evsys_bus.adapter import Adapter
+from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import to_int
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
@@ -116,9 +120,23 @@ class StepBridge(RunBridge):
 
 
 def _maker(callback: Any) -> Callable[[], Any]:
-    if isinstance(callback, Adapter):
-        return partial(type(callback), *callback.evsys_arguments.positional, **callback.evsys_arguments.named)
-    return partial(copy.copy, callback)
+    if not isinstance(callback, Adapter):
+        return partial(copy.copy, callback)
+    arguments = callback.evsys_arguments
+    if callback.spec_name is None:
+        return partial(type(callback), *arguments.positional, **arguments.named)
+    policy: Any = field(field(callback, "evsys_subscription"), "policy")
+    options: dict[str, Any] = {} if policy is None else msgspec.structs.asdict(policy)
+    if options.get("ranks") is not None:
+        options["ranks"] = [*options["ranks"]]
+    placement = vars(callback).get("placement")
+    spec = CallbackSpec(callback.name, arguments.named, callback.spec_name, placement, **options)
+    return partial(_build, spec)
+
+
+def _build(spec: CallbackSpec) -> Any:
+    [callback] = build_callbacks([spec])
+    return callback
 
 
 class _ExitCode:
