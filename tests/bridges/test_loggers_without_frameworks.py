@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.frameworks import steps_in_csv, steps_in_journal
 from evsys_adapters import CsvMetricsCallback, TensorBoardLoggerCallback
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.bridges.tensorboard import SummaryWriter
 from evsys_adapters.bridges.tinker_cookbook import EvsysBusLogger as TinkerLogger
 from evsys_adapters.bridges.torchtune import EvsysBusLogger as TorchtuneLogger

@@ -19,7 +19,7 @@ from ray.train import UserCallback
 from ray.tune.logger import LoggerCallback
 
 from evsys_adapters.bridges._base import RUN_DIR_VARIABLE, isolated
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus.errors import TrainingError
 
