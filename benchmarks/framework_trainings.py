@@ -9,7 +9,7 @@ nanoseconds of each log call, by logger, to DIR/costs.
 import os
 import signal
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -320,8 +320,100 @@ def stable_baselines3(training: Training) -> None:
     )
 
 
+def tensorboard(training: Training) -> None:
+    """A loop that logs with SummaryWriter, resumed by its own file."""
+    import tensorboardX
+
+    from evsys_adapters.bridges.tensorboard import SummaryWriter
+
+    options = training.options
+    ours = SummaryWriter(options.pop("path"), **options)
+    own = tensorboardX.SummaryWriter(str(training.folder / "tb"))
+    training.time(ours, "add_scalar", label="SummaryWriter", step_of=lambda tag, value, step: step)
+    training.time(own, "add_scalar", label="tensorboardX.SummaryWriter")
+    for step in _own_loop(training):
+        for writer in (ours, own):
+            writer.add_scalar("loss", 1 / (step + 1), step)
+            writer.add_scalar("acc", 0.5, step)
+    ours.close()
+
+
+def wandb(training: Training) -> None:
+    """A loop that logs with W&B's functions, resumed by its own file; W&B's client is offline."""
+    import wandb as own
+
+    from evsys_adapters.bridges import wandb as ours
+
+    run = ours.init(project="bench", config={"lr": 0.1}, **training.options)
+    own_run = own.init(project="bench", mode="offline", dir=training.folder, settings=own.Settings(silent=True))
+    training.time(run, "log", label="the bridge's log", step_of=lambda data, step: step)
+    training.time(own_run, "log", label="wandb.log, offline")
+    for step in _own_loop(training):
+        for each in (run, own_run):
+            each.log({"loss": 1 / (step + 1), "acc": 0.5}, step=step)
+    run.finish()
+    own_run.finish()
+
+
+def _own_loop(training: Training) -> Iterator[int]:
+    """Yield the steps behind the last checkpoint, which is a file with the number of the next one."""
+    saved = training.folder / "out"
+    for step in range(int(saved.read_text()) if training.resume and saved.exists() else 0, training.steps):
+        training.check_fault(step)
+        yield step
+        if (step + 1) % SAVE_EVERY == 0:
+            saved.write_text(str(step + 1))
+
+
+def ray(training: Training) -> None:
+    """Ray Tune with one trial, resumed by ``Tuner.restore``."""
+    import tempfile
+
+    os.environ |= {"TUNE_GLOBAL_CHECKPOINT_S": "0", "RAY_AIR_NEW_OUTPUT": "0"}
+    import ray as own
+    from ray import tune
+    from ray.tune.logger import TBXLoggerCallback
+
+    from evsys_adapters.bridges.ray import EvsysBusLogger
+
+    steps = training.steps
+
+    def trainable(config: Any) -> None:
+        checkpoint, first_step = tune.get_checkpoint(), 0
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                first_step = int(Path(folder, "step").read_text())
+        for step in range(first_step, steps):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "step").write_text(str(step + 1))
+                is_due = (step + 1) % SAVE_EVERY == 0
+                tune.report(
+                    {"loss": 1 / (step + 1)}, checkpoint=tune.Checkpoint.from_directory(folder) if is_due else None
+                )
+
+    options = training.options
+    options.pop("path")
+    ours, reference = EvsysBusLogger(training.folder, **options), TBXLoggerCallback()
+    training.time(
+        ours, "log_trial_result", label="EvsysBusLogger", step_of=lambda _, __, result: result["training_iteration"]
+    )
+    training.time(reference, "log_trial_result", label="TBXLoggerCallback")
+    own.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"lr": 0.1},
+        tune_config=tune.TuneConfig(trial_name_creator=lambda _: "run"),
+        run_config=tune.RunConfig(name="out", storage_path=str(training.folder), verbose=0),
+    )
+    if training.resume and [*(training.folder / "out").glob("experiment_state*")]:
+        tuner = tune.Tuner.restore(str(training.folder / "out"), trainable, resume_errored=True)
+    tuner._local_tuner._run_config.callbacks = [ours, reference]  # noqa: SLF001 # else those of the killed process
+    tuner.fit()
+
+
 TRAININGS: Final[dict[str, Callable[[Training], None]]] = {
-    each.__name__: each for each in (transformers, lightning, accelerate, keras, stable_baselines3)
+    each.__name__: each
+    for each in (transformers, lightning, accelerate, keras, stable_baselines3, tensorboard, wandb, ray)
 }
 
 

@@ -146,6 +146,7 @@ def _parse(line: bytes) -> Row | None:
 
 
 ERROR_FILE: Final = "error.txt"
+OUTPUT_FILE: Final = "output.log"
 MAX_CHARS: Final = 64_000
 """A longer traceback is cut in the middle; the end gets twice as many characters as the beginning."""
 

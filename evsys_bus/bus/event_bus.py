@@ -65,6 +65,8 @@ T = TypeVar("T")
 _EXIT_THREAD_NAME: Final = "evsys-bus-exit"
 _POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
+TEST_VARIABLE: Final = "EVSYS_BUS_TEST"
+"""Set in the tests of a program: no process outlives them, and nothing about the machine is recorded."""
 _DELIVERY_RESERVE_SECONDS: Final = 1.0
 """Part of the deadline reserved for the couriers while a failing disk is retried."""
 
@@ -170,9 +172,10 @@ class EventBus:
         self._journal = journal
         self._recorder: EventRecorder | None = None
         self._redaction = Redaction.of(redact, reveal)
-        self._delivery_manager = DeliveryManager(
-            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
-        )
+        linger_seconds = validate_seconds("linger_seconds", linger_seconds)
+        if os.environ.get(TEST_VARIABLE):
+            couriers, linger_seconds = "thread", 0.0
+        self._delivery_manager = DeliveryManager(callbacks, sinks, couriers, linger_seconds, self._rank)
         self._publisher = Publisher(
             add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,

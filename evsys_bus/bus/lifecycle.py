@@ -129,7 +129,7 @@ class BusLifecycle:
         """The caller's loop, under ``async with``."""
         self._task: asyncio.Task[Any] | None = None
         self._sigterm_handler = SigtermHandler(self._on_sigterm) if handles_signals else None
-        self._exit_bus: Callable[[], object] | None = None
+        self._exit_bus: Callable[..., object] | None = None
         self._owner_pid = 0
         self._lock = threading.RLock()  # guards `_exiting_thread`
         self._exiting_thread: threading.Thread | None = None
@@ -140,11 +140,11 @@ class BusLifecycle:
         self.loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
 
-    def install_exit_handlers(self, exit_bus: Callable[[], object]) -> None:
+    def install_exit_handlers(self, exit_bus: Callable[..., object]) -> None:
         """Handle SIGTERM and program exit from here on; leave at once if SIGTERM has already arrived.
 
         Args:
-            exit_bus: Leaves the bus if the program ends without having done so.
+            exit_bus: Leaves the bus if the program ends without having done so; called like ``__exit__``.
         """
         self._exit_bus, self._owner_pid = exit_bus, os.getpid()
         atexit.register(self._at_exit)
@@ -193,7 +193,16 @@ class BusLifecycle:
             if self._exiting_thread is None:
                 fix = "enter it with `with` or `async with`, which leave it even if an exception is raised"
                 log().warning("bus.never_left", fix=fix)
-            self._exit_bus()
+            error = self._cause_of_exit()
+            self._exit_bus(None if error is None else type(error), error)
+
+    @staticmethod
+    def _cause_of_exit() -> BaseException | None:
+        """Return why the program ends, for runs that are open still: SIGTERM, or an exception that nothing caught."""
+        if _process_state.received:
+            return SystemExit(128 + signal.SIGTERM)
+        cause = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        return cause if isinstance(cause, BaseException) else None
 
     def _on_sigterm(self) -> None:
         """Called in the signal handler."""

@@ -54,6 +54,7 @@ from evsys_bus.cli.records import (
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.files import DECODE_ERRORS
+from evsys_bus.front.resume import RUN_FILE
 from evsys_bus.reading import RecordedRun, locate_journal, read_journal
 from evsys_bus.reading.fields import RunFields, metric_names
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE, read_result
@@ -94,7 +95,8 @@ def command(screen: Screen, folders: tuple[Path, ...], as_json: bool) -> None:
         screen.note(str(folder))
     requested, folder = folder, find_folder(folder)
     try:
-        record = read_experiment(folder) or read_run(folder)
+        # The rows of a run of `evsys_bus.run` are in its journal alone, also if it has a list of checkpoints.
+        record = read_experiment(folder) or (None if (folder / RUN_FILE).exists() else read_run(folder))
     except DECODE_ERRORS as error:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:

@@ -29,6 +29,8 @@ class OpenRows:
         event, key = envelope.event, (envelope.stream, envelope.run or "")
         row = self._rows.get(key)
         if isinstance(event, Metrics):
+            if row is not None and event.step_idx < row.step:
+                return  # recorded late by another thread: it is in the row that was published before
             if row is None or row.step != event.step_idx:
                 row = self._rows[key] = _OpenRow(envelope, event.step_idx)
             row.metrics.update(event.metrics)

@@ -2,17 +2,19 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Any, Final, cast
 
 from evsys_bus.bus import EventBus
+from evsys_bus.codec import to_builtins
 from evsys_bus.context import ContentItem, ContentKind, LoopState
+from evsys_bus.diagnostics import FaultLog
+from evsys_bus.errors import EventError
 from evsys_bus.events import Content, Event
 from evsys_bus.front.rows import Row
 
+_MAX_DEPTH: Final = 32
 PLAIN: Final = frozenset({float, int, bool, str, type(None)})
 """Types of metrics that are logged unchanged."""
 
@@ -27,6 +29,12 @@ class ContentLogger:
     bus: EventBus
     state: LoopState
     path: Path
+    _faults: FaultLog
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The run key."""
 
     def text(self, name: str, text: str, *, step: int | None = None) -> ContentItem:
         """Store a text."""
@@ -76,19 +84,31 @@ class ContentLogger:
 
     def _plain_part(self, part: Row, step: int | None) -> Row:
         """Return the part with numbers in place of arrays; large ones are stored as histograms."""
+        plain: Row = {}
+        for name, value in _flatten(part):
+            plain_value = value if type(value) in PLAIN else self._plain_value(name, value)
+            if isinstance(plain_value, ContentItem):
+                self._publish(Content(self.state, self._step_of(step), plain_value))
+            else:
+                plain[name] = plain_value
+        return plain
+
+    def _plain_value(self, name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, int | float):
+            return int(value) if isinstance(value, int) else float(value)
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # of numpy, torch, jax
+            value = value.item()
+            if type(value) in PLAIN:
+                return value
         from evsys_bus.front.media import summarize_value  # most metrics are numbers
 
-        plain: Row = {}
-        for name, value in part.items():
-            if type(value) in PLAIN:
-                plain[name] = value
-                continue
-            summary = summarize_value(value)
-            if isinstance(summary, ContentItem):
-                self._publish(Content(self.state, self._step_of(step), msgspec.structs.replace(summary, name=name)))
-            else:
-                plain[name] = summary
-        return plain
+        try:
+            return summarize_value(value, name=name)
+        except EventError as error:  # one odd value must not end a training
+            self._faults.warn("run.metric_not_a_number", name, run=self.name, metric=name, why=error.what)
+            return to_builtins(value)[0]
 
     def _store(
         self, kind: ContentKind, name: str, value: Any, step: int | None, caption: str | None = None, **options: Any
@@ -110,3 +130,13 @@ class ContentLogger:
 
     @abstractmethod
     def _step_of(self, step: int | None) -> int: ...
+
+
+def _flatten(metrics: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Iterate over names and values; those of a nested dict have a path as their name: ``val/acc``."""
+    for key, value in metrics.items():
+        name = prefix + str(key)
+        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            yield from _flatten(cast("Mapping[Any, Any]", value), f"{name}/", depth + 1)
+        else:
+            yield name, value

@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from evsys_bus.errors import TrainingError
@@ -38,6 +39,16 @@ def current_run() -> "Run":
 def add_open(run: "Run") -> None:
     """Make a run one of the open ones of this process."""
     _open_runs[id(run)] = run
+
+
+def open_runs() -> list["Run"]:
+    """Return the open runs of this process; in a forked child, those of its parent."""
+    return [*_open_runs.values()]
+
+
+def find_open(path: Path) -> "Run | None":
+    """Return the open run in a directory."""
+    return next((each for each in open_runs() if each.path == path and each.is_open), None)
 
 
 def remove_open(run: "Run") -> None:

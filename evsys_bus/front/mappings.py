@@ -1,7 +1,7 @@
 """`RunConfig` and `RunSummary`: dicts of a run whose changes are recorded."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from evsys_bus.codec import to_builtins
 
@@ -28,6 +28,19 @@ class RunSummary(dict[str, Any]):
         super().update(changed)
         self._record(changed)
 
+    def __ior__(self, values: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride] # a dict's has overloads
+        self.update(values)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return a value; one that is not there is set to the default first."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is not recorded
+
 
 class RunConfig(RunSummary):
     """The settings of a run as plain data, also as attributes: ``run.config.lr``.
@@ -48,6 +61,12 @@ class RunConfig(RunSummary):
             return self[name]
         except KeyError:
             raise AttributeError(f"the config has no {name!r}", name=name, obj=self) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            self[name] = value
 
     def update(self, values: Any = {}, /, **more: Any) -> None:  # noqa: B006 # not changed
         """Add or change keys, from a mapping or any object that holds settings."""

@@ -3,14 +3,20 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, get_args
+from weakref import WeakKeyDictionary
 
 from evsys_bus.bus import EventBus
+from evsys_bus.bus.event_bus import TEST_VARIABLE
 from evsys_bus.context import LogContext, LoopState
+from evsys_bus.errors import SettingError, TrainingError
 from evsys_bus.front.resume import Resume, choose_directory
 from evsys_bus.front.run import Run
 from evsys_bus.location import local_path
 from evsys_bus.run_files import journal_directory
+
+_paths: Final[WeakKeyDictionary[EventBus, dict[str, Path]]] = WeakKeyDictionary()
+"""The directory of each run that a bus had, by its name."""
 
 
 def run(
@@ -86,7 +92,14 @@ def open_run(
     output: bool = True,
 ) -> "Run":
     """Return a run on this bus, or on one that the function makes for the run's directory; see `run`."""
-    run_dir, previous = choose_directory(local_path(path, "path"), resume)
+    if resume not in get_args(Resume):
+        raise SettingError(f"resume is {resume!r:.40}", fix=f"give one of {', '.join(get_args(Resume))}")
+    folder = local_path(path, "path") if os.fspath(path) else Path()
+    if not folder.name:
+        raise SettingError(f"path is {os.fspath(path)!r}, which names no run", fix='give a directory: "runs/my-run"')
+    run_dir, previous = choose_directory(folder, resume)
+    if isinstance(bus, EventBus):
+        _check_name(bus, run_dir)
     extras: dict[str, Any] = {}
     if tags := [*tags]:
         extras["tags"] = tags
@@ -94,6 +107,7 @@ def open_run(
         extras["notes"] = notes
     if unit != "steps":
         extras["unit"] = unit
+    is_test = bool(os.environ.get(TEST_VARIABLE))
     ctx = LogContext(run_dir.parent, config=config, run_key=run_dir.name, run_config=config, extras=extras)
     state = LoopState(step=0, num_steps=num_steps, output_dir=run_dir, ctx=ctx)
     return Run(
@@ -101,7 +115,18 @@ def open_run(
         state,
         owns_bus=not isinstance(bus, EventBus),
         first_step=first_step,
-        environment=environment,
-        output=output,
+        environment=environment and not is_test,
+        output=output and not is_test,
         previous=previous,
     )
+
+
+def _check_name(bus: EventBus, run_dir: Path) -> None:
+    """Raise if the bus had another run of that name: records, files and charts are found by the name."""
+    earlier = _paths.setdefault(bus, {}).setdefault(run_dir.name, run_dir)
+    if earlier != run_dir:
+        raise TrainingError(
+            f"this bus has a run named {run_dir.name!r} already, in {earlier}",
+            why="rows and charts are found by the name of the run, which is the last part of its path",
+            fix=f'choose another: "{run_dir.parent.name}-{run_dir.name}"',
+        )

@@ -1,6 +1,7 @@
 """Decides from a run's directory whether an earlier attempt continues, and from which checkpoint."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -11,12 +12,15 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
 from evsys_bus.files import load_file, replace_file
 from evsys_bus.location import decode_json, encode_json
-from evsys_bus.run_files import RowFile
+from evsys_bus.run_files import JOURNAL_DIR, RowFile, unwritable_error
 
 Resume: TypeAlias = Literal["auto", "must", "never"]
 RUN_FILE: Final = "run.json"
 MANIFEST: Final = "checkpoints.jsonl"
 FINISHED: Final = "completed"
+_UNKNOWN: Final = "unknown"
+"""Of a run that was made otherwise: by a `TrainingLoop`, an `Experiment` or an earlier version."""
+_LEFT_ALONE: Final = (FINISHED, _UNKNOWN)
 
 
 class RunFile(msgspec.Struct):
@@ -47,9 +51,9 @@ def choose_directory(run_dir: Path, resume: Resume) -> tuple[Path, RunFile | Non
     """Return the directory of the run, and the file of the attempt that goes on there; None if the run is new.
 
     Raises:
-        TrainingError: ``must`` finds no run that could go on, or ``never`` finds one.
+        TrainingError: ``must`` finds no run that could go on, ``never`` finds one, or the directory cannot be read.
     """
-    found = RunFile.load(run_dir)
+    found = _find(run_dir)
     if resume == "must" and found is None:
         raise TrainingError(f"{run_dir} holds no run to resume", fix="leave `resume` out to start one there")
     if resume == "never" and found is not None:
@@ -57,16 +61,37 @@ def choose_directory(run_dir: Path, resume: Resume) -> tuple[Path, RunFile | Non
             f"{run_dir} holds a run already ({found.status})",
             fix="leave `resume` out, so that the run goes on, or choose another directory",
         )
-    if found is None or found.status != FINISHED:
+    if found is None or found.status not in _LEFT_ALONE:
         return run_dir, found
     if resume == "must":
-        raise TrainingError(f"the run in {run_dir} is complete", fix="leave `resume` out to start a new one beside it")
+        what = "is complete" if found.status == FINISHED else "was not made by evsys_bus.run"
+        raise TrainingError(f"the run in {run_dir} {what}", fix="leave `resume` out to start a new one beside it")
     number = 2
-    while (earlier := RunFile.load(_numbered(run_dir, number))) is not None and earlier.status == FINISHED:
+    while (earlier := _find(_numbered(run_dir, number))) is not None and earlier.status in _LEFT_ALONE:
         number += 1
     chosen = _numbered(run_dir, number)
     log().warning("run.starts_beside", run=str(chosen), complete=str(run_dir))
     return chosen, earlier
+
+
+def _find(run_dir: Path) -> RunFile | None:
+    """Return what is known of the run in a directory; None if there is none."""
+    try:
+        found = RunFile.load(run_dir)
+    except OSError as error:  # not readable, or a file is where a directory should be
+        raise unwritable_error(run_dir, "the run's directory", error) from error
+    if found is None and _holds_records(run_dir):
+        found = RunFile.load(run_dir)  # another rank may have started the run meanwhile
+        # A damaged file belongs to a run that goes on: to start it anew would remove its rows.
+        return found or RunFile(status="running" if (run_dir / RUN_FILE).exists() else _UNKNOWN)
+    return found
+
+
+def _holds_records(run_dir: Path) -> bool:
+    """Return whether a directory has records of a run, such as that of a `TrainingLoop`."""
+    with suppress(OSError):  # not readable: opening it reports that
+        return (run_dir / MANIFEST).exists() or any(run_dir.glob(f"{JOURNAL_DIR}/r0-*"))
+    return False
 
 
 def _numbered(run_dir: Path, number: int) -> Path:

@@ -7,16 +7,18 @@ import itertools
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, cast
 
 import msgspec
 
 from evsys_bus.bus import EventBus
+from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
 from evsys_bus.context import (
     ArmResult,
+    LogContext,
     LoopArtifacts,
     LoopState,
     ManifestRow,
@@ -26,7 +28,7 @@ from evsys_bus.context import (
     to_int,
 )
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import EvsysBusError, TrainingError
+from evsys_bus.errors import BusNotOpenError, EvsysBusError, TrainingError
 from evsys_bus.events import (
     Alert,
     Checkpoint,
@@ -44,13 +46,15 @@ from evsys_bus.events import (
     TrainStart,
 )
 from evsys_bus.front.content import PLAIN, ContentLogger
-from evsys_bus.front.current import activated, add_open, remove_open
+from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger
-from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, rows_left_open
+from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
+_MAX_STEP: Final = (1 << 63) - 1
+_TEXT: Final = frozenset({str})
 _NO_BATCH: Final = TrainingBatch()
 _ENVIRONMENT_SECONDS: Final = 2.0
 _EXIT_WAIT_SECONDS: Final = 0.5
@@ -108,9 +112,11 @@ class Run(ContentLogger):
         self._last_metrics: Row = {}
         self._next_step = 0
         self._loop_step: int | None = None
+        self._first_loop_step: int | None = None
+        self._is_ending = False
         self._stack: Final = ExitStack()
         self._background: threading.Thread | None = None
-        self._faults: Final = FaultLog()
+        self._faults = FaultLog()
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
@@ -126,17 +132,19 @@ class Run(ContentLogger):
         """
         if not (self.is_open or self._is_usable()):
             return
-        part: Row = {**metrics}
-        if not PLAIN.issuperset(map(type, part.values())):
-            part = self._plain_part(part, step)
+        try:
+            part: Row = {**metrics}
+        except TypeError:  # not a mapping, or with keys that are no texts
+            part = _to_row(metrics)
         if step is None:
-            step = self.state.step if self._is_attached else self._loop_step
-            if step is None:
-                step, commit = self._next_step, True
-        elif type(step) is not int:
+            step, is_whole = self._current_step()
+            commit = commit or is_whole
+        elif type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
             step = _whole(step)
         if step >= self._next_step:
             self._next_step = step + 1
+        if not (PLAIN.issuperset(map(type, part.values())) and _TEXT.issuperset(map(type, part))):
+            part = self._plain_part(part, step)
         complete, is_complete = self._row.add(step, part, commit=commit)
         for row_step, row in complete:  # before the part, so that a run has one open row on record at most
             self._last_metrics = row
@@ -148,7 +156,9 @@ class Run(ContentLogger):
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
-        self._publish(Eval(self.state, self._step_of(step), name, {**metrics}))
+        number = self._step_of(step)
+        if self._is_usable():
+            self.bus.publish(Eval(self.state, number, name, self._plain_part(_to_row(metrics), number)))
 
     def checkpoint(
         self,
@@ -180,7 +190,8 @@ class Run(ContentLogger):
 
     def epoch_end(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Log the end of a pass over the data; epochs are 0-based."""
-        self._publish(EpochEnd(self.state, epoch, {**(metrics or {})}))
+        if self._is_usable():
+            self.bus.publish(EpochEnd(self.state, _whole(epoch), self._plain_part(_to_row(metrics or {}), None)))
 
     def alert(self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning") -> None:
         """Log something that a person should see."""
@@ -200,18 +211,28 @@ class Run(ContentLogger):
     def steps(self, num_steps: int | None = None) -> Generator[int]:
         """Yield the steps of the training, until a stop is requested; a resumed run begins behind its checkpoint.
 
+        A second loop of the same run goes on behind the last step of the first.
+
         Args:
             num_steps: How many steps the run has in all. Default: as given to `run`; if None too, without end.
         """
+        if not self._is_usable():
+            return
         if num_steps is not None:
             self.state.num_steps = num_steps
-        end = self.state.num_steps
-        numbers: Iterator[int] = itertools.count(self.state.step) if end is None else iter(range(self.state.step, end))  # pyright: ignore[reportUnnecessaryComparison]
+        first_step, end = self._first_loop_step, self.state.num_steps
+        if first_step is None:
+            first_step = self.state.step
+        numbers: Iterator[int] = itertools.count(first_step) if end is None else iter(range(first_step, end))  # pyright: ignore[reportUnnecessaryComparison]
+        if end is not None and first_step >= end:  # pyright: ignore[reportUnnecessaryComparison]
+            fix = "give the number of steps of the whole run, those of earlier attempts and loops included"
+            log().warning("run.no_steps_left", run=self.name, num_steps=end, next_step=first_step, fix=fix)
         try:
             for step in numbers:
                 if self.state.stop_requested:
                     return
                 self.state.step = self._loop_step = step
+                self._first_loop_step = step + 1
                 yield step
                 self._publish_rows(self._row.take())
         finally:
@@ -257,14 +278,29 @@ class Run(ContentLogger):
         """Make this the run that `current_run` returns inside the block, where several are open."""
         return activated(self)
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the run itself in this process and its forked children; elsewhere as one that does nothing."""
+        return find_run, (os.getpid(), id(self), self.path)
+
     def __repr__(self) -> str:
         return f"<Run {self.name!r}, {'open' if self.is_open else 'not open'}, in {str(self.path)!r}>"
 
     # -- starting and ending ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        self._lock()
         if self._owns_bus:
-            self._stack.enter_context(self.bus)
+            try:
+                self._stack.enter_context(self.bus)
+            except BaseException:
+                self._stack.close()
+                raise
         return self._enter()
 
     def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
@@ -274,8 +310,13 @@ class Run(ContentLogger):
             self._stack.__exit__(None if error is None else type(error), error, None)
 
     async def __aenter__(self) -> Self:
+        self._lock()
         if self._owns_bus:
-            await self.bus.__aenter__()
+            try:
+                await self.bus.__aenter__()
+            except BaseException:
+                self._stack.close()
+                raise
         try:
             return self._enter()
         except BaseException as error:
@@ -301,14 +342,31 @@ class Run(ContentLogger):
         finally:
             self._stack.close()
 
-    def _enter(self) -> Self:
+    def _lock(self) -> None:
+        """Take the directory before anything is opened in it."""
         if self._was_entered:
             raise TrainingError("a run is entered once; this one was entered before", fix="open another run")
+        if not (self._owns_bus or self.bus.may_call_hooks()):
+            raise BusNotOpenError(
+                f"the bus of the run {self.name!r} is not open", fix="`with EventBus(...) as bus:` first"
+            )
+        if find_open(self.path) is not None:
+            raise TrainingError(
+                f"this program has the run in {self.path} open already",
+                why="in a notebook, a cell that was run before has opened it",
+                fix="close that one first: evsys_bus.current_run().close()",
+            )
         self._was_entered = True
+        if not self.bus.rank:
+            self._stack.enter_context(lock_folder(self.path, "the run's directory"))
+
+    def _enter(self) -> Self:
         try:
             self._open()
             self._stack.enter_context(activated(self))
         except BaseException as error:
+            with suppress(Exception):  # the error that counts is the first one
+                self.finish(_status_of(error), error)
             self._stack.__exit__(type(error), error, None)
             raise
         return self
@@ -331,10 +389,10 @@ class Run(ContentLogger):
         if config is None or isinstance(config, Mapping):
             self.ctx.run_config = self.config  # so that hooks see what is added later
         if not self.bus.rank:
-            self._stack.enter_context(lock_folder(self.path, "the run's directory"))
             if self._output:
                 self._capture_output()
             self._save_start()
+        self._find_first_step()
         self.is_open = True
         add_open(self)
         self.bus.runs.append(self)
@@ -345,13 +403,20 @@ class Run(ContentLogger):
             )
             self._background.start()
         self.bus.publish(TrainStart(self.state))
+        journal = self.bus.health().journal
+        if self._is_continued and journal is not None:
+            for each in rows_left_open(journal.directory, self.bus.rank, self.name):
+                row: Any = each.event
+                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, _NO_BATCH, row.metrics)
 
     def _save_start(self) -> None:
         started_at = self._file.started_at or now()
-        if self._is_continued:
-            self.resumed = newest_checkpoint(self._manifest)
         self._file = RunFile(attempts=self._file.attempts + self._is_continued, started_at=started_at)
         self._file.save(self.path)
+
+    def _find_first_step(self) -> None:
+        if self._is_continued:
+            self.resumed = newest_checkpoint(self._manifest)
         first_step = self._first_step
         if first_step is None:
             first_step = 0 if self.resumed is None else self.resumed.batch + 1
@@ -369,18 +434,28 @@ class Run(ContentLogger):
             error: The exception that ended it; its traceback goes to ``error.txt`` unless the run was cancelled.
             implied: Whether the bus ends a run that the program has left open.
         """
-        if not self.is_open:
+        if not self.is_open or self._is_ending:
             return
-        self.is_open = False
-        remove_open(self)
-        self.bus.runs.remove(self)
-        self._publish_rows(self._row.take())
-        self._join_background()
-        self.state.error = error
-        self._manifest.flush()
+        self._is_ending = True
+        try:
+            self._publish_rows(self._row.take())
+            self._join_background()
+            self.state.error = error
+            self._manifest.flush()
+            self._publish_ends(status, error, implied=implied)
+        finally:
+            self.is_open = False
+            remove_open(self)
+            self.bus.runs.remove(self)
+            if not self.bus.rank:
+                self._save_end(status, error)
+
+    def _publish_ends(self, status: Status, error: BaseException | None, *, implied: bool) -> None:
         artifacts = LoopArtifacts(
             str(self.path), str(self._manifest.path), self._checkpoints, self.state.num_steps or self._next_step
         )
+        self.bus.publish(TrainEnd(self.state, artifacts))
+        self._publish_rows(self._row.take())  # which hooks of the end have logged
         result = RunResult(
             status=status,
             metrics=self._last_metrics,
@@ -396,10 +471,7 @@ class Run(ContentLogger):
             error=result.error,
             run_result=result,
         )
-        self.bus.publish(TrainEnd(self.state, artifacts))
         self.bus.publish(RunEnd(self.ctx, result, arm))
-        if not self.bus.rank:
-            self._save_end(status, error)
 
     def end_implied(self, error: BaseException | None) -> None:
         """End the run because its bus is left."""
@@ -426,7 +498,7 @@ class Run(ContentLogger):
             return True
         if self.is_forked:
             self._faults.warn(
-                "run.forked", "fork", run=self.name, why="this process was forked from the one that opened it"
+                "run.forked", "fork", run=self.name, why="only the process that opened the run logs to it"
             )
             return False
         raise TrainingError(f"the run {self.name!r} is not open", fix="log inside its `with` block")
@@ -449,6 +521,11 @@ class Run(ContentLogger):
         merger.rows[self.name] = self._row
         self._row_merger = merger
 
+    def _current_step(self) -> tuple[int, bool]:
+        """Return the step of a part that names none, and whether it is a step of its own."""
+        step = self.state.step if self._is_attached else self._loop_step
+        return (self._next_step, True) if step is None else (step, False)
+
     def _step_of(self, step: int | None) -> int:
         if step is not None:
             return _whole(step)
@@ -464,7 +541,7 @@ class Run(ContentLogger):
     def _capture_output(self) -> None:
         from evsys_bus.front.output import OutputCapture  # only where output is captured
 
-        capture = OutputCapture(self.path / "output.log")
+        capture = OutputCapture(self.path / OUTPUT_FILE)
         capture.start()
         self._stack.callback(capture.stop)
 
@@ -486,6 +563,17 @@ class Run(ContentLogger):
             self._background.join(_EXIT_WAIT_SECONDS)
 
 
+def find_run(pid: int, number: int, path: Path) -> Run:
+    """Return the open run if it is one of this process or its parent, else a run that does nothing."""
+    for each in open_runs():
+        if id(each) == number and (pid == os.getpid() or each.is_forked):
+            return each
+    state = LoopState(step=0, num_steps=None, output_dir=path, ctx=LogContext(path.parent, run_key=path.name))
+    run = Run(EventBus(), state)
+    run.is_forked = True
+    return run
+
+
 def _status_of(error: BaseException | None) -> Status:
     import asyncio  # the bus has imported it
 
@@ -495,12 +583,25 @@ def _status_of(error: BaseException | None) -> Status:
     return "cancelled" if is_request else "failed"
 
 
+def _to_row(metrics: Any) -> Row:
+    if isinstance(metrics, Mapping):
+        return dict(cast("Mapping[str, Any]", metrics))
+    raise TrainingError(
+        f"the metrics are {metrics!r:.80}, which is no mapping", fix='give numbers by name: run.log({"loss": 0.5})'
+    )
+
+
 def _whole(step: Any) -> int:
     try:
-        return to_int(step)
+        if isinstance(step, bool):
+            raise TypeError  # noqa: TRY301 # most likely meant as `commit`
+        number = to_int(step)
+        if abs(number) > _MAX_STEP:
+            raise OverflowError  # noqa: TRY301 # as above
+        return number  # noqa: TRY300 # as above
     except Exception as error:
         raise TrainingError(
-            f"the step is {step!r:.80}, which is no whole number",
+            f"the step is {step!r:.80}, which is no whole number of at most 63 bits",
             why="rows, files and charts are keyed by the step",
             fix="give an int: run.log(metrics, step=int(...))",
         ) from error

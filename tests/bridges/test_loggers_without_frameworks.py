@@ -1,6 +1,7 @@
 """The writers and loggers that need no framework; and programs with them that are killed and started again."""
 
 import itertools
+import pickle
 import random
 import sys
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.frameworks import steps_in_csv, steps_in_journal
+from evsys_adapters import CsvMetricsCallback, TensorBoardLoggerCallback
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.bridges.tensorboard import SummaryWriter
 from evsys_adapters.bridges.tinker_cookbook import EvsysBusLogger as TinkerLogger
 from evsys_adapters.bridges.torchtune import EvsysBusLogger as TorchtuneLogger
-from evsys_bus import Content, Eval, RunEnd, StepEnd, TrainStart, read
+from evsys_bus import Content, Eval, RunEnd, StepEnd, TrainStart, build_callbacks, read
 from support.journals import read_events
 
 OPTIONS = {"environment": False, "output": False}
@@ -213,9 +216,10 @@ KILLED = """
         import json, os, sys
         from pathlib import Path
         from benchmarks.framework_trainings import Killer
-        from evsys_adapters import CsvMetricsCallback
+        from evsys_bus import build_callbacks
         kill_at = int(sys.argv[1])
-        callbacks = [Killer(kill_at or None), CsvMetricsCallback("{run_dir}/metrics.csv")]
+        table = {"kind": "csv_metrics", "params": {"out_path": "{run_dir}/metrics.csv"}, "placement": "follow"}
+        callbacks = [Killer(kill_at or None), *build_callbacks([table])]
         checkpoint = Path("checkpoint")
         first = int(checkpoint.read_text()) if checkpoint.exists() else 0
 """
@@ -277,3 +281,19 @@ def test_a_bridge_imports_no_framework(module, program):
         f"import sys, evsys_adapters.bridges.{module}\nprint([each for each in {names} if each in sys.modules])"
     )
     assert done.communicate(timeout=20)[0].strip() == "[]", sys.executable
+
+
+def test_a_pickled_or_copied_bridge_has_callbacks_of_the_same_arguments(run_dir, tmp_path):
+    spec = {"kind": "csv_metrics", "params": {"out_path": "{run_dir}/followed.csv"}, "placement": "follow"}
+    loggers = [CsvMetricsCallback("{run_dir}/m.csv", delimiter=";"), TensorBoardLoggerCallback()]
+    bridge = StepBridge(run_dir, callbacks=[*loggers, *build_callbacks([spec])], **OPTIONS)
+    bridge.log({"loss": 1.0}, 0)
+    other = pickle.loads(pickle.dumps(bridge)).copy_for(tmp_path / "other")
+    bridge.complete()
+    other.log({"loss": 0.5}, 3)
+    bus = other.run.bus
+    other.complete()
+    assert (run_dir / "m.csv").read_text() == "step;loss\n0;1.0\n"
+    assert (tmp_path / "other" / "m.csv").read_text() == "step;loss\n3;0.5\n"
+    assert (tmp_path / "other" / "followed.csv").read_text() == "step,loss\n3,0.5\n"
+    assert {each.name for each in bus.receipt.deliveries} == {"csv_metrics", "tensorboard_logger"}

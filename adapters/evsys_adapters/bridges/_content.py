@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Final, Self
 
 from evsys_adapters.bridges._arrays import gif, is_array, pixels, to_array, to_scalar
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_bus.context import ContentItem
 
 _PLAIN_CELLS: Final = (str, int, float, bool, type(None))

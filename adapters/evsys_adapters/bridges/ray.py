@@ -10,7 +10,7 @@ is a process of its own: give an absolute path, on a file system that it shares 
 # The checks run without the framework, whose types are unknown then.
 # pyright: basic, reportMissingImports=false
 
-import copy
+import asyncio
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from ray.train import UserCallback
 from ray.tune.logger import LoggerCallback
 
 from evsys_adapters.bridges._base import RUN_DIR_VARIABLE, isolated
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus.errors import TrainingError
 
@@ -35,14 +35,18 @@ class EvsysBusLogger(LoggerCallback):
 
     Args:
         path: The directory of the runs. Default: ``EVSYS_BUS_RUN_DIR``, else ``runs/<experiment>``.
-        options: Passed to `evsys_bus.run` for each trial, with copies of the ``callbacks``.
+        options: Passed to `evsys_bus.run` for each trial, with ``callbacks`` made anew with the same arguments.
     """
 
     def __init__(self, path: Any = None, **options: Any) -> None:
         self.bridge = StepBridge(path, **options)
         """Counts the failures of all trials."""
-        self._path, self._options = path or os.environ.get(RUN_DIR_VARIABLE), options
+        self._path = path or os.environ.get(RUN_DIR_VARIABLE)
         self._trials: dict[str, StepBridge] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without open runs: they go on from what is on record."""
+        return vars(self) | {"_trials": {}}
 
     @isolated
     def log_trial_start(self, trial: Any) -> None:
@@ -73,10 +77,7 @@ class EvsysBusLogger(LoggerCallback):
         bridge = self._trials.get(trial.trial_id)
         if bridge is None:
             folder = Path(self._path or Path("runs", safe_name(trial.experiment_dir_name)))
-            options = self._options | {
-                "callbacks": [copy.deepcopy(each) for each in self._options.get("callbacks", ())]
-            }
-            bridge = self._trials[trial.trial_id] = StepBridge(folder / safe_name(str(trial)), **options)
+            bridge = self._trials[trial.trial_id] = self.bridge.copy_for(folder / safe_name(str(trial)))
             bridge.update_config({key: value for key, value in trial.config.items() if key != "callbacks"})
         return bridge
 
@@ -97,6 +98,7 @@ class EvsysBusUserCallback(UserCallback):
         self.bridge = StepBridge(path, **options)
         self._step_keys = _STEP_KEYS if step_key is None else (step_key,)
         self._reports = 0
+        self._error: Exception | None = None
 
     @isolated
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
@@ -105,8 +107,11 @@ class EvsysBusUserCallback(UserCallback):
             self.bridge.default_path = Path(run_config.storage_path, run_config.name, "run")
             self.bridge.open(config=run_context.train_loop_config)
             self._reports = self.bridge.recorded_steps
+            self._end_with_controller()
+        self._error = None
         reported = dict(metrics[0])
-        step = next((int(reported[key]) for key in self._step_keys if key in reported), self._reports)
+        step_key = next((key for key in self._step_keys if key in reported), None)
+        step = self._reports if step_key is None else int(reported.pop(step_key))
         self._reports = step + 1
         self.bridge.log(reported, step, commit=True)
         if checkpoint is not None:
@@ -116,4 +121,21 @@ class EvsysBusUserCallback(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
         """Record an alert: Ray decides whether the training is tried again."""
         for rank, error in [*worker_exceptions.items()][:1]:
+            self._error = error
             self.bridge.open().alert(f"the worker of rank {rank} failed", str(error), "error")
+
+    def _end_with_controller(self) -> None:
+        # Ray has no hook for the end, and its processes end without exit handlers. Hooks run in the controller's task.
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop: the run ends with the program
+            return
+        if task is not None:
+            task.add_done_callback(self._end)
+
+    @isolated
+    def _end(self, task: Any) -> None:
+        if self._error is not None:
+            self.bridge.finish(self._error)
+        else:
+            self.bridge.complete()

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 from evsys_adapters.bridges._arrays import bins_of_limits, gif, grid, is_array, pixels, to_array, to_scalar
 from evsys_adapters.bridges._base import isolated
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.common.hook_arguments import list_or_empty
 
 _DEFAULT_PATH: Final = "runs/training"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evsys_adapters.bridges._base import isolated
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.common.hook_arguments import fields
 
 

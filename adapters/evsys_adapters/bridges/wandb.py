@@ -42,7 +42,7 @@ from evsys_adapters.bridges._content import (
     Video,
     is_content,
 )
-from evsys_adapters.bridges._steps import StepBridge
+from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.common.hook_arguments import fields, safe_name
 from evsys_bus.front.mappings import RunConfig
 

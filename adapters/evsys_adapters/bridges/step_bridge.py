@@ -6,12 +6,19 @@ one eval that come in several calls are one eval. A program that ends without cl
 unless it ends by an exception, a signal or another exit code than 0.
 """
 
+import copy
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
+import msgspec
+
 from evsys_adapters.bridges._base import RunBridge
+from evsys_adapters.common.hook_arguments import field
+from evsys_bus.adapter import Adapter
+from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import to_int
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
@@ -92,8 +99,44 @@ class StepBridge(RunBridge):
         """Close the run as failed, because of an exit code."""
         self.finish(TrainingError(f"the program ended with exit code {code}", fix="see its output"))
 
+    def copy_for(self, path: Any) -> "StepBridge":
+        """Return a bridge to another run, whose callbacks are made with the same arguments."""
+        other = copy.deepcopy(self)
+        vars(other)["_path"] = path
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_has_rows": False, "_evals": {}}
+        """Pickle callbacks by their arguments: open ones have files and locks."""
+        makers = [_maker(each) for each in self._options.get("callbacks", ())]
+        return super().__getstate__() | {
+            "_options": self._options | {"callbacks": makers},
+            "_has_rows": False,
+            "_evals": {},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._options["callbacks"] = [make() for make in self._options["callbacks"]]
+
+
+def _maker(callback: Any) -> Callable[[], Any]:
+    if not isinstance(callback, Adapter):
+        return partial(copy.copy, callback)
+    arguments = callback.evsys_arguments
+    if callback.spec_name is None:
+        return partial(type(callback), *arguments.positional, **arguments.named)
+    policy: Any = field(field(callback, "evsys_subscription"), "policy")
+    options: dict[str, Any] = {} if policy is None else msgspec.structs.asdict(policy)
+    if options.get("ranks") is not None:
+        options["ranks"] = [*options["ranks"]]
+    placement = vars(callback).get("placement")
+    spec = CallbackSpec(callback.name, arguments.named, callback.spec_name, placement, **options)
+    return partial(_build, spec)
+
+
+def _build(spec: CallbackSpec) -> Any:
+    [callback] = build_callbacks([spec])
+    return callback
 
 
 class _ExitCode:
