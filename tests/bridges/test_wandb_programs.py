@@ -107,13 +107,13 @@ def test_nested_names_are_joined_and_numbers_of_any_type_are_numbers(init, run_d
 
 def test_config_is_of_any_type_and_may_change(init, run_dir):
     config = argparse.Namespace(lr=0.1, layers=[1, 2])
-    with init(config=config, group="g", job_type="train", tags=["a"], notes="why") as run:
+    with init(config=config, group="g", job_type="train", tags="a1", notes="why") as run:
         assert run.config.lr == wandb.config["lr"] == 0.1
         wandb.config.update(argparse.Namespace(wd=1), allow_val_change=True)
         wandb.config.batch = 8
         wandb.config.setdefaults({"batch": 9, "seed": 1})
         assert dict(wandb.config) == {"lr": 0.1, "layers": [1, 2], "wd": 1, "batch": 8, "seed": 1}
-        assert (run.tags, run.notes, run.group, run.job_type) == (("a",), "why", "g", "train")
+        assert (run.tags, run.notes, run.group, run.job_type) == (("a1",), "why", "g", "train")
     recorded = events_of(run_dir, RunStart)[0].ctx.run_config
     assert recorded == {"lr": 0.1, "layers": [1, 2], "wandb": {"project": "p", "group": "g", "job_type": "train"}}
     assert [each.config for each in events_of(run_dir, ConfigUpdate)] == [{"wd": 1}, {"batch": 8}, {"seed": 1}]

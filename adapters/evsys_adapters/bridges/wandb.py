@@ -497,7 +497,9 @@ def init(
     root = dir or given.get("root_dir") or variables.get("WANDB_DIR") or "runs"
     options: dict[str, Any] = {
         "callbacks": callbacks,
-        "tags": tags or given.get("run_tags") or variables.get("WANDB_TAGS", "").replace(",", " ").split(),
+        "tags": [tags]
+        if isinstance(tags, str)
+        else tags or given.get("run_tags") or variables.get("WANDB_TAGS", "").replace(",", " ").split(),
         "notes": notes or given.get("run_notes") or variables.get("WANDB_NOTES"),
         "resume": resume if resume in {"must", "never"} else "auto",
         "environment": environment,
