@@ -146,8 +146,7 @@ class Run(ContentLogger):
             part = self._plain_part(part, step)
         complete, is_complete = self._row.add(step, part, commit=commit)
         for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._last_metrics = row
-            self.bus.publish(StepEnd(self.state, row_step, _NO_BATCH, row))
+            self._publish_row(row_step, row)
         if not is_complete:
             if self._row_merger is None:
                 self._merge_rows_of_others()
@@ -432,7 +431,7 @@ class Run(ContentLogger):
             return
         self._is_ending = True
         try:
-            self._publish_rows(self._row.take())
+            self._publish_rows(self._row.take_all())
             self._join_background()
             self.state.error = error
             self._manifest.flush()
@@ -503,8 +502,19 @@ class Run(ContentLogger):
 
     def _publish_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         for step, metrics in rows:
-            self._last_metrics = metrics
-            self.bus.publish(StepEnd(self.state, step, _NO_BATCH, metrics))
+            self._publish_row(step, metrics)
+
+    def _publish_row(self, step: int, row: Row) -> None:
+        self._last_metrics = row
+        try:
+            self.bus.publish(StepEnd(self.state, step, _NO_BATCH, row))
+        except BaseException:
+            merger = self._row_merger
+            if merger is None or merger.last_row is not row:
+                raise  # Ctrl-C before the first hook: the row is published at the end of the run
+            del self._row.unpublished[:1]
+            raise
+        del self._row.unpublished[:1]
 
     def _merge_rows_of_others(self) -> None:
         """Have the open row added to a StepEnd that another part of the program publishes."""
