@@ -2,13 +2,19 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
+from evsys_bus.bus import EventBus
+from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.errors import EvsysBusError
 from evsys_bus.events import StepEnd
+from evsys_bus.journal import JournalReader
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
+_RECENT_EVENTS: Final = 16
 Row = dict[str, Any]
 
 
@@ -68,6 +74,20 @@ class OpenRow:
         return complete
 
 
+def is_recorded(bus: EventBus, run: str, step: int) -> bool:
+    """Return whether the row of a step is among the last events on record, after a publish that was interrupted."""
+    journal = bus.health().journal
+    if journal is None:
+        return True  # nothing is recorded, and most of its hooks were called
+    with suppress(OSError, EvsysBusError):
+        for record in JournalReader(journal.directory).read(journal.stream, max(0, journal.recorded - _RECENT_EVENTS)):
+            envelope = decode(record.payload)
+            event = envelope.event
+            if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
+                return True
+    return False
+
+
 class RowMerger:
     """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
 
@@ -75,12 +95,9 @@ class RowMerger:
         self._publish: Final = publish
         self.rows: Final[dict[str, OpenRow]] = {}
         """The open row of each run, by run key."""
-        self.last_row: Row | None = None
-        """The metrics of the last `StepEnd` whose hooks were called."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
         """Merge; values of the event itself win."""
-        self.last_row = metrics
         row = self.rows.get(getattr(state, "run_key", ""))
         if row is None or row.step is None or row.step > step_idx:
             return

@@ -48,7 +48,7 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded
 from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
@@ -509,11 +509,9 @@ class Run(ContentLogger):
         try:
             self.bus.publish(StepEnd(self.state, step, _NO_BATCH, row))
         except BaseException:
-            merger = self._row_merger
-            if merger is None or merger.last_row is not row:
-                raise  # Ctrl-C before the first hook: the row is published at the end of the run
-            del self._row.unpublished[:1]
-            raise
+            if is_recorded(self.bus, self.name, step):
+                del self._row.unpublished[:1]
+            raise  # after Ctrl-C within the publish, the row is published at the end of the run
         del self._row.unpublished[:1]
 
     def _merge_rows_of_others(self) -> None:
