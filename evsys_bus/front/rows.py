@@ -48,14 +48,14 @@ class OpenRow:
                 self.step, self._metrics, self._parts = step, part if commit else {**part}, 1
             else:
                 complete.append((step, part))
-                self.unpublished += complete
+                self.unpublished.extend(complete)
                 return complete, True
             is_complete = commit or self._parts >= MAX_PARTS
             if is_complete:
                 complete.append((step, self._metrics))
                 self.step = None
             if complete:
-                self.unpublished += complete
+                self.unpublished.extend(complete)
         return complete, is_complete
 
     def take_all(self) -> list[tuple[int, Row]]:
@@ -70,7 +70,7 @@ class OpenRow:
                 return []
             complete = [(self.step, self._metrics)]
             self.step = None
-            self.unpublished += complete
+            self.unpublished.extend(complete)
         return complete
 
 
@@ -95,9 +95,12 @@ class RowMerger:
         self._publish: Final = publish
         self.rows: Final[dict[str, OpenRow]] = {}
         """The open row of each run, by run key."""
+        self.last_row: Row | None = None
+        """The metrics of the last `StepEnd` whose hooks were called."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
         """Merge; values of the event itself win."""
+        self.last_row = metrics
         row = self.rows.get(getattr(state, "run_key", ""))
         if row is None or row.step is None or row.step > step_idx:
             return

@@ -115,7 +115,7 @@ class Run(ContentLogger):
         self._is_ending = False
         self._stack: Final = ExitStack()
         self._background: threading.Thread | None = None
-        self._faults: Final = FaultLog()
+        self._faults = FaultLog()
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
@@ -275,12 +275,6 @@ class Run(ContentLogger):
     def activate(self) -> AbstractContextManager["Run"]:
         """Make this the run that `current_run` returns inside the block, where several are open."""
         return activated(self)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, _: object) -> Self:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the run itself in this process and its forked children; elsewhere as one that does nothing."""
@@ -506,12 +500,17 @@ class Run(ContentLogger):
 
     def _publish_row(self, step: int, row: Row) -> None:
         self._last_metrics = row
+        event = StepEnd(self.state, step, _NO_BATCH, row)
         try:
-            self.bus.publish(StepEnd(self.state, step, _NO_BATCH, row))
+            self.bus.publish(event)
         except BaseException:
-            if is_recorded(self.bus, self.name, step):
-                del self._row.unpublished[:1]
-            raise  # after Ctrl-C within the publish, the row is published at the end of the run
+            merger = self._row_merger
+            if merger is not None and merger.last_row is not row:
+                raise  # Ctrl-C before the first hook: the row is published at the end of the run
+            del self._row.unpublished[:1]
+            if merger is not None and not is_recorded(self.bus, self.name, step):
+                self.bus.record(event)
+            raise
         del self._row.unpublished[:1]
 
     def _merge_rows_of_others(self) -> None:
