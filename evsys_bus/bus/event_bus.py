@@ -218,6 +218,10 @@ class EventBus:
         """
         self._compiled_publish(event)
 
+    def record(self, event: Event) -> None:
+        """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
+        self._publisher.record(event)
+
     @property
     def redaction(self) -> Redaction:
         """Which keys are redacted and revealed; for code that writes files of its own beside the journal."""

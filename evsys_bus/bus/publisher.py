@@ -180,6 +180,15 @@ class Publisher:
             self._drop(event, f"it could not be recorded: {error_text(record_error)}")
         return record_error is None
 
+    def record(self, event: Event) -> None:
+        """Record an event whose hooks were called, but whose publish was interrupted before it was on record."""
+
+        def record_now() -> None:
+            self._record_now(event, time.time())
+
+        if self.recorder is not None and self.state == "open":
+            self._with_token(record_now)
+
     def _record_after_close(self, event: Event, published: float) -> None:
         """Record for a publish that was inside a hook when the bus was closed."""
         with self._seal_lock:

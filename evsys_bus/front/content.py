@@ -1,5 +1,6 @@
 """What a run stores beside numbers: texts, tables, pictures, files."""
 
+import errno
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from evsys_bus.errors import EventError
 from evsys_bus.events import Content, Event
 from evsys_bus.front.rows import Row
 
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_DEPTH: Final = 32
 PLAIN: Final = frozenset({float, int, bool, str, type(None)})
 """Types of metrics that are logged unchanged."""
@@ -22,8 +24,11 @@ PLAIN: Final = frozenset({float, int, bool, str, type(None)})
 class ContentLogger:
     """The methods of a `Run` that store content: once in ``<run>/media``, and by reference in the journal.
 
+    On a full disk, content is not stored, with a WARNING, and the training goes on.
+
     Raises:
         EventError: The content cannot be stored.
+        OSError: A file that is given cannot be read.
     """
 
     bus: EventBus
@@ -117,7 +122,13 @@ class ContentLogger:
             return ContentItem(kind, name)
         from evsys_bus.front.media import store_content  # most runs store nothing
 
-        item = store_content(self.path, kind, name, value, caption=caption, redaction=self.bus.redaction, **options)
+        try:
+            item = store_content(self.path, kind, name, value, caption=caption, redaction=self.bus.redaction, **options)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            self._faults.warn("run.content_not_stored", kind, error=error, run=self.name, kind=kind, name=name)
+            return ContentItem(kind, name)
         number = None if kind == "artifact" else self._step_of(step)
         self._publish(Content(self.state, number, item))
         return item

@@ -3,15 +3,20 @@
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
+from evsys_bus.bus import EventBus
+from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
 from evsys_bus.delivery.open_rows import OpenRows
+from evsys_bus.errors import EvsysBusError
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader, OsDisk, layout
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
+_RECENT_EVENTS: Final = 16
 Row = dict[str, Any]
 
 
@@ -23,7 +28,9 @@ class OpenRow:
         """The step of the row; None if there is no open row."""
         self._metrics: Row = {}
         self._parts = 0
-        self._lock: Final = threading.Lock()
+        self.unpublished: Final[list[tuple[int, Row]]] = []
+        """Complete rows that were returned; remove the first once one is published. Ctrl-C may come in between."""
+        self._lock: Final = threading.RLock()  # a signal handler may log, too
 
     def add(self, step: int, part: Row, *, commit: bool) -> tuple[list[tuple[int, Row]], bool]:
         """Add a part; return the rows that are complete now, as steps and metrics, and whether the part is in them.
@@ -42,12 +49,21 @@ class OpenRow:
                 # A copy of a part that is published too: its event must not change when the next part is added.
                 self.step, self._metrics, self._parts = step, part if commit else {**part}, 1
             else:
-                return [(step, part)], True
+                complete.append((step, part))
+                self.unpublished.extend(complete)
+                return complete, True
             is_complete = commit or self._parts >= MAX_PARTS
             if is_complete:
                 complete.append((step, self._metrics))
                 self.step = None
+            if complete:
+                self.unpublished.extend(complete)
         return complete, is_complete
+
+    def take_all(self) -> list[tuple[int, Row]]:
+        """Return the rows that an interrupt has left unpublished, and the open row, which is complete now."""
+        self.take()
+        return [*self.unpublished]
 
     def take(self) -> list[tuple[int, Row]]:
         """Return the open row, which is complete now, or nothing."""
@@ -56,6 +72,7 @@ class OpenRow:
                 return []
             complete = [(self.step, self._metrics)]
             self.step = None
+            self.unpublished.extend(complete)
         return complete
 
 
@@ -77,6 +94,20 @@ _STREAMS_READ: Final = 2
 """The newest streams, and segments of each: that of the killed process, and the one that has just begun."""
 
 
+def is_recorded(bus: EventBus, run: str, step: int) -> bool:
+    """Return whether the row of a step is among the last events on record, after a publish that was interrupted."""
+    journal = bus.health().journal
+    if journal is None:
+        return True  # nothing is recorded, and most of its hooks were called
+    with suppress(OSError, EvsysBusError):
+        for record in JournalReader(journal.directory).read(journal.stream, max(0, journal.recorded - _RECENT_EVENTS)):
+            envelope = decode(record.payload)
+            event = envelope.event
+            if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
+                return True
+    return False
+
+
 class RowMerger:
     """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
 
@@ -84,13 +115,18 @@ class RowMerger:
         self._publish: Final = publish
         self.rows: Final[dict[str, OpenRow]] = {}
         """The open row of each run, by run key."""
+        self.last_row: Row | None = None
+        """The metrics of the last `StepEnd` whose hooks were called."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
         """Merge; values of the event itself win."""
+        self.last_row = metrics
         row = self.rows.get(getattr(state, "run_key", ""))
         if row is None or row.step is None or row.step > step_idx:
             return
-        for step, parts in row.take():
+        taken = row.take()
+        del row.unpublished[:1]
+        for step, parts in taken:
             if step != step_idx:  # of an earlier step, whose row was published before its last parts
                 self._publish(StepEnd(state, step, TrainingBatch(), parts))
                 return

@@ -49,7 +49,7 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger, rows_left_open
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
@@ -147,8 +147,7 @@ class Run(ContentLogger):
             part = self._plain_part(part, step)
         complete, is_complete = self._row.add(step, part, commit=commit)
         for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._last_metrics = row
-            self.bus.publish(StepEnd(self.state, row_step, _NO_BATCH, row))
+            self._publish_row(row_step, row)
         if not is_complete:
             if self._row_merger is None:
                 self._merge_rows_of_others()
@@ -277,12 +276,6 @@ class Run(ContentLogger):
     def activate(self) -> AbstractContextManager["Run"]:
         """Make this the run that `current_run` returns inside the block, where several are open."""
         return activated(self)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, _: object) -> Self:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the run itself in this process and its forked children; elsewhere as one that does nothing."""
@@ -438,7 +431,7 @@ class Run(ContentLogger):
             return
         self._is_ending = True
         try:
-            self._publish_rows(self._row.take())
+            self._publish_rows(self._row.take_all())
             self._join_background()
             self.state.error = error
             self._manifest.flush()
@@ -509,8 +502,22 @@ class Run(ContentLogger):
 
     def _publish_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         for step, metrics in rows:
-            self._last_metrics = metrics
-            self.bus.publish(StepEnd(self.state, step, _NO_BATCH, metrics))
+            self._publish_row(step, metrics)
+
+    def _publish_row(self, step: int, row: Row) -> None:
+        self._last_metrics = row
+        event = StepEnd(self.state, step, _NO_BATCH, row)
+        try:
+            self.bus.publish(event)
+        except BaseException:
+            merger = self._row_merger
+            if merger is not None and merger.last_row is not row:
+                raise  # Ctrl-C before the first hook: the row is published at the end of the run
+            del self._row.unpublished[:1]
+            if merger is not None and not is_recorded(self.bus, self.name, step):
+                self.bus.record(event)
+            raise
+        del self._row.unpublished[:1]
 
     def _merge_rows_of_others(self) -> None:
         """Have the open row added to a StepEnd that another part of the program publishes."""

@@ -17,6 +17,7 @@ from evsys_bus import Callback, EventBus, LoopState, Metrics, TrainingLoop, Trai
 from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import BusNotOpenError, SettingError, TrainingError
 from evsys_bus.events import Envelope
+from evsys_bus.front.rows import OpenRow
 from tests.support.journals import read_envelopes
 from tests.support.programs import run_evsys_bus
 from tests.support.training_parts import IndexBatches, NumberBackend
@@ -359,3 +360,25 @@ def test_a_part_that_is_recorded_late_does_not_remove_the_row_of_a_later_step(tm
     [row] = rows.of("r0-000001")
     assert (row.event.step_idx, row.event.metrics) == (6, {"a": 6.0, "c": 6.5})
     assert rows.first_parts() == {"r0-000001": 1}
+
+
+def test_a_row_that_an_interrupt_left_unpublished_is_published_at_the_end():
+    row = OpenRow()
+    for step in range(2):
+        row.add(step, {"a": float(step)}, commit=False)  # as if Ctrl-C came before the complete row was published
+    assert row.take_all() == [(0, {"a": 0.0}), (1, {"a": 1.0})]
+
+
+def test_content_that_a_full_disk_refuses_does_not_end_the_training(tmp_path):
+    code = (
+        "import evsys_bus, resource\n"
+        f"with evsys_bus.run({str(tmp_path / 'a')!r}, environment=False, output=False) as run:\n"
+        "    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, hard))\n"
+        "    run.text('long', 'x' * (5 << 20))\n"
+        "    run.log({'a': 1.0})\n"
+        "print('on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "on\n", done.stderr
+    assert "run.content_not_stored" in done.stderr
