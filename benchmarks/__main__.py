@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from benchmarks import loggers as heavy
 from benchmarks.evsys_logger import EvsysLoggerSuite
-from benchmarks.frameworks import FRAMEWORKS
+from benchmarks.frameworks import FRAMEWORKS, FrameworkRuns
 from benchmarks.survival import TaskSurvival
 from benchmarks.upload_steps import UploadSteps
 from benchmarks.uploads import Uploads
@@ -48,6 +48,7 @@ def _suites() -> Mapping[str, Suite]:
         Uploads(),
         UploadSteps(),
         EvsysLoggerSuite(),
+        FrameworkRuns(),
     )
     return {suite.name: suite for suite in suites}
 

@@ -14,7 +14,7 @@ The status words are always: pending, running, completed, failed, cancelled.
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
@@ -238,6 +238,10 @@ class TrainingBatch(_Handle):
     """Its parameters."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """Facts about the batch that are known before the step: sizes, token counts."""
+    rollouts: Sequence[Any] = ()
+    """The trajectories that the examples were made of, live; a `Rollout` event records them."""
+    rollout_items: Sequence[Any] = ()
+    """The items of the data set that they were sampled for, live."""
 
 
 class DetachedLogContext(_Detached, LogContext):
@@ -365,6 +369,10 @@ class LoopArtifacts(msgspec.Struct, frozen=True):
     """The requested number of steps, not the number of steps run."""
     train_seconds: float = 0.0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields as plain data, as JSON would have them."""
+        return cast("dict[str, Any]", msgspec.to_builtins(self))
+
 
 class EvalResult(msgspec.Struct, frozen=True):
     """One benchmark, scored once."""
@@ -411,6 +419,15 @@ class ArmResult(msgspec.Struct, frozen=True):
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     run_result: RunResult | None = None
+
+    def eval(self, name: str) -> EvalResult | None:
+        """Return the newest result of a benchmark: that after training, else that of the last step. None if none is."""
+        found = [each for each in self.evals if each.name == name]
+        return max(found, key=lambda each: math.inf if each.step is None else each.step, default=None)
+
+    def score(self, metric: str) -> float | None:
+        """Return the value by which arms are compared: that of the evals after training, else that of the training."""
+        return self.eval_metrics.get(metric, self.metrics.get(metric))
 
 
 class ExperimentResult(msgspec.Struct, frozen=True):

@@ -96,6 +96,10 @@ class RowFile:
         line = json_line(row, self._redaction) + b"\n"
         self._backlog.write(partial(self._file.append, line), len(line))
 
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the row of a step; its step is the first key, and overrides a metric of that name."""
+        self.append({"step": step} | {**metrics} | {"step": step})
+
     def flush(self) -> None:
         """Try to write the pending rows, log how many remain or were dropped, and close the file."""
         self._backlog.flush()
@@ -142,6 +146,7 @@ def _parse(line: bytes) -> Row | None:
 
 
 ERROR_FILE: Final = "error.txt"
+OUTPUT_FILE: Final = "output.log"
 MAX_CHARS: Final = 64_000
 """A longer traceback is cut in the middle; the end gets twice as many characters as the beginning."""
 

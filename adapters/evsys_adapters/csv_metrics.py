@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters.common.hook_arguments import (
+    field,
     first_step_of,
     is_repeated_start,
     is_run_of,
@@ -45,7 +46,7 @@ from evsys_adapters.output_files.output_positions import (
 )
 from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker
 from evsys_bus.callback import Callback
-from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
+from evsys_bus.context import ContentItem, ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import Backlog
@@ -125,6 +126,7 @@ class CsvMetricsCallback(Callback):
         """Runs without an event since the mark, or whose experiment ended while rows were being matched."""
         self._ended_runs: dict[str, _RunTable] = {}
         """Runs whose experiment has ended since the last mark."""
+        self._omitted_kinds: set[str] = set()
 
     @property
     def waiting(self) -> int:
@@ -147,6 +149,17 @@ class CsvMetricsCallback(Callback):
         run = self._run(state)
         if not run.output.has(self.event):
             run.add(step_of(step_idx), cells_of(metrics))
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Log once per kind that the file does not show it; another adapter may."""
+        del step_idx
+        kind = str(field(item, "kind"))
+        if kind not in self._omitted_kinds:
+            self._omitted_kinds.add(kind)
+            why = "the file has numbers and texts of steps only"
+            where = field(item, "path") or "the journal"
+            fix = "add the adapter local_logger, which lists it, or one that shows it"
+            log().info("csv_metrics.content_omitted", kind=kind, run=run_name(state), where=where, why=why, fix=fix)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's file."""

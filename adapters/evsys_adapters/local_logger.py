@@ -1,6 +1,6 @@
 """`LocalLoggerCallback`: an experiment as a folder of files that people and scripts can read without tools.
 
-<output_dir>/experiment.md                       comparison of the arms, once the experiment has ended
+<output_dir>/experiment.md                       comparison of the arms, since the first run has started
 <output_dir>/<run_key>/logs/                     see `evsys_adapters.output_files.run_logs`
 """
 
@@ -28,9 +28,10 @@ from evsys_adapters.common.hook_arguments import (
     run_id,
     step_of,
 )
-from evsys_adapters.common.logged_values import redacted_page, redacted_row
+from evsys_adapters.common.logged_content import stored_row
+from evsys_adapters.common.logged_values import redacted, redacted_page, redacted_row, values_of
 from evsys_adapters.common.params import as_list, validate_params
-from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.terminal import LinePrinter, alert_line, one_line, step_label
 from evsys_adapters.output_files.experiment_pages import conclusion_page, experiment_page, hypothesis_of
 from evsys_adapters.output_files.output_lease import OutputCandidates, has_courier, owner_of
 from evsys_adapters.output_files.output_positions import (
@@ -46,6 +47,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import (
     ArmResult,
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -68,6 +70,10 @@ class LocalLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Print a line on stdout every this many steps; 0 for never."""
     keys: list[str] | None = None
     """Metrics to print, in this order. Default: all. The files always contain all."""
+    max_rollouts: Annotated[int, msgspec.Meta(ge=0)] = 64
+    """Maximum number of trajectories of one step in the file; a last row has the number of the others."""
+    max_train_rows: Annotated[int, msgspec.Meta(ge=0)] = 10_000
+    """Maximum number of training examples in the file; a last row has the number of the others."""
 
 
 class _RunMark(
@@ -117,8 +123,15 @@ class LocalLoggerCallback(Callback):
     Config: ClassVar[type | None] = LocalLoggerConfig
     ranks = "rank0"
 
-    def __init__(self, print_every: int = 1, keys: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        print_every: int = 1,
+        keys: Sequence[str] | None = None,
+        max_rollouts: int = 64,
+        max_train_rows: int = 10_000,
+    ) -> None:
         params = {"print_every": print_every, "keys": as_list(keys)}
+        params |= {"max_rollouts": max_rollouts, "max_train_rows": max_train_rows}
         self._config = validate_params(LocalLoggerConfig, params)
         self._lines = LinePrinter("local_logger.print_closed")
         self._runs: dict[str, _Run] = {}
@@ -127,15 +140,25 @@ class LocalLoggerCallback(Callback):
         self._position_writer = PositionWriter(self._savepoints)
         self._ended_runs: dict[str, _Run] = {}
         """Runs whose experiment has ended since the last mark."""
+        self._experiments: set[Path] = set()
+        """Folders of the experiments that have started."""
 
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far and that are in memory."""
         return self._pages.pending + sum(run.logs.waiting for run in self._runs.values())
 
+    def on_experiment_start(self, ctx: LogContext) -> None:
+        """Note that there is an experiment, whose page is written once it has a run."""
+        self._experiments.add(experiment_folder(ctx))
+
     def on_run_start(self, ctx: LogContext) -> None:
-        """Write the hypothesis."""
-        self._run(ctx)
+        """Write the hypothesis, and the page of the experiment."""
+        run = self._run(ctx)
+        run.context = ctx
+        if not is_repeated_start(self.event):
+            run.result = run.arm = None
+            self._write_open_experiment(ctx)
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut the rows of steps that will be run again."""
@@ -188,6 +211,65 @@ class LocalLoggerCallback(Callback):
         split = "validation" if "val" in list_or_empty(field(eval_result, "tags")) else "test"
         logs.put_eval(key, row, rollouts, split)
 
+    def on_rollout(
+        self, state: LoopState, step_idx: int, rollouts: list[Any], rollout_items: Sequence[Any] = ()
+    ) -> None:
+        """Log the trajectories of a step, up to ``max_rollouts``, each with its item."""
+        logs, step = self._run(state).logs, step_of(step_idx)
+        if logs.output.has(self.event):
+            return
+        given, items, limit = list_or_empty(rollouts), list_or_empty(rollout_items), self._config.max_rollouts
+        rows: list[dict[str, Any]] = []
+        for index, each in enumerate(given[:limit]):
+            row = redacted_row(_prefix_taken(each, "rollout", {"step", "item"}))
+            rows.append(row | ({"item": redacted(to_builtins(items[index])[0])} if len(items) == len(given) else {}))
+        logs.add_rollouts(step, [*rows, *_omitted(len(given), limit)])
+
+    def on_train_data(self, ctx: LogContext, rows: list[Any]) -> None:
+        """Write the training examples, up to ``max_train_rows``, in place of earlier ones."""
+        logs = self._run(ctx).logs
+        if logs.output.has(self.event):
+            return
+        given, limit = list_or_empty(rows), self._config.max_train_rows
+        shown = [redacted_row(_prefix_taken(each, "row", ())) for each in given[:limit]]
+        logs.put_data([*shown, *_omitted(len(given), limit)])
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Log what was stored, and where; the file remains in the run's folder ``media``."""
+        logs = self._run(state).logs
+        step = None if step_idx is None else step_of(step_idx)
+        if not logs.output.has(self.event):
+            logs.add_content(step, stored_row(step, item))
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Log the alert, and print it unless nothing is printed."""
+        logs = self._run(ctx).logs
+        if logs.output.has(self.event):
+            return
+        row = redacted_row({"level": level, "title": title, "text": text})
+        logs.add_alert({"time": self.event.time, **row})
+        if self._config.print_every:
+            self._lines.print(alert_line(level, row["title"], row["text"]), level=level)
+
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+        """Log the epoch's metrics."""
+        logs = self._run(state).logs
+        if not logs.output.has(self.event):
+            row = _prefix_taken(metrics, "metrics", {"step", "epoch"})
+            logs.add_epoch(first_step_of(state) or 0, {"epoch": step_of(epoch), **row})
+
+    def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
+        """Remember the values for the pages."""
+        logs = self._run(ctx).logs
+        if not logs.output.has(self.event):
+            logs.set_page_values(values_of(values), {})
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Remember the changes for the pages."""
+        logs = self._run(ctx).logs
+        if not logs.output.has(self.event):
+            logs.set_page_values({}, values_of(config))
+
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's files; evals after training open them again."""
         del artifacts
@@ -201,12 +283,14 @@ class LocalLoggerCallback(Callback):
         """Remember the run's result for the conclusion."""
         run = self._run(ctx)
         run.result, run.arm = run_result, arm
+        self._write_open_experiment(ctx)
         run.logs.flush()
         self._pages.flush()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Write the conclusion into every run's folder, and the experiment's page; then forget its runs."""
         root = experiment_folder(ctx)
+        self._experiments.discard(root)
         own_runs = [self._remove_run(each) for each in list(self._runs) if is_run_of(each, ctx)]
         for run in own_runs:
             with suppress(OSError):
@@ -216,7 +300,8 @@ class LocalLoggerCallback(Callback):
         number = max((run.logs.logs.name for run in own_runs), default=_LOGS).removeprefix(_LOGS)
         earlier = [_Run(RunLogs(logs)) for folder in others if list_folder(logs := folder / f"{_LOGS}{number}")]
         for run in [*own_runs, *earlier]:
-            page = conclusion_page(result, run.name, run.result, run.arm)
+            known = run.logs.page_values()
+            page = conclusion_page(result, run.name, run.result, run.arm, known.summary, known.config)
             self._write_page(run.logs.acquire_folder, "conclusion.md", page)
             run.logs.flush()
         ended = [(run.logs.folder, run.arm) for run in own_runs if run.arm is not None]
@@ -320,6 +405,18 @@ class LocalLoggerCallback(Callback):
                 self._write_page(run.logs.acquire_folder, "hypothesis.md", f"# Hypothesis\n\n{hypothesis.strip()}\n")
         return run
 
+    def _write_open_experiment(self, ctx: LogContext) -> None:
+        """Write the page of an experiment that has started and not ended."""
+        root = experiment_folder(ctx)
+        if root not in self._experiments:
+            return
+        runs = [run for key, run in self._runs.items() if is_run_of(key, ctx)]
+        number = max(run.logs.logs.name for run in runs).removeprefix(_LOGS)
+        arms = [(run.logs.folder, run.arm or run.as_open_arm()) for run in runs]
+        result = {"name": field(field(ctx, "config"), "name"), "status": "running", "arms": [arm for _, arm in arms]}
+        page = experiment_page(result, root, arms, hypothesis_of(field(ctx, "config")))
+        self._write_page(lambda: root, f"experiment{number}.md", page)
+
     def _write_page(self, acquire_folder: Callable[[], Path], name: str, page: str) -> None:
         text = redacted_page(page).encode(errors="backslashreplace")
         self._pages.write(lambda: AppendFile(acquire_folder() / name).rewrite([text]), len(text))
@@ -334,6 +431,18 @@ class _Run:
         self.has_config = False
         self.result: RunResult | None = None
         self.arm: ArmResult | None = None
+        self.context: object = None
+        """The context of its RunStart; None if it had none here."""
+
+    def as_open_arm(self) -> dict[str, Any]:
+        """Return what the page of the experiment shows of a run that has not ended."""
+        name, config = field(self.context, "group_name"), field(self.context, "run_config")
+        return {
+            "name": name or self.name,
+            "status": "running",
+            "run_config": config,
+            "summary": self.logs.page_values().summary,
+        }
 
     def encode_result(self) -> bytes | None:
         """Encode the run's result; None while it has not ended."""
@@ -359,6 +468,11 @@ def _format_value(value: object) -> str:
 def _eval_row(key: RowKey, metrics: object) -> dict[str, Any]:
     head = {"benchmark": key.benchmark, "step": key.step}
     return head | _prefix_taken(metrics, "metrics", head)
+
+
+def _omitted(count: int, limit: int) -> list[dict[str, Any]]:
+    """Return the row that follows the first ``limit`` of ``count`` rows; none if those are all."""
+    return [{"omitted": count - limit, "total": count}] if count > limit else []
 
 
 def _prefix_taken(obj: object, prefix: str, taken: Container[str]) -> dict[str, Any]:

@@ -5,6 +5,9 @@ StepEnd                 metrics ``train/<key>``; keys that have a ``/`` stay as 
 Eval, BenchmarkEval     metrics ``eval/<name>/<key>``, after training ``final/<name>/<key>``; predictions as a table
 Checkpoint              a tag ``checkpoint.<name>``
 Content                 an artifact ``<kind>/<name>/step-<n>/…``
+Alert                   a tag ``alert.<title>``
+Environment             the artifact ``environment.json``, and the commit under MLflow's own names
+Summary, EpochEnd       metrics ``summary/<key>``, and ``epoch/<key>`` over the epoch
 SystemMetrics           metrics ``system/<key>``
 RunEnd                  the status FINISHED, FAILED or KILLED
 """
@@ -142,6 +145,7 @@ class MlflowSink(Sink):
         self._handlers: dict[str, Callable[[Any, Envelope], None]] = {
             "on_run_start": self._on_start,
             "on_train_start": self._on_start,
+            "on_environment": self._on_environment,
             "on_config_update": self._on_config_update,
             "on_step_end": self._on_step_end,
             "on_eval": self._on_eval,
@@ -150,6 +154,7 @@ class MlflowSink(Sink):
             "on_checkpoint": self._on_checkpoint,
             "on_summary": self._on_summary,
             "on_content": self._on_content,
+            "on_alert": self._on_alert,
             "on_system_metrics": self._on_system_metrics,
             "on_train_end": self._on_train_end,
             "on_run_end": self._on_run_end,
@@ -251,6 +256,19 @@ class MlflowSink(Sink):
             self._client.set_status(run.id, "RUNNING")
             run.ended = False
 
+    def _on_environment(self, event: Any, envelope: Envelope) -> None:
+        """Log the facts as a file, and the commit under MLflow's own names."""
+        run = self._run(event.ctx, envelope)
+        self._client.log_text(run.id, json_of(event.facts), "environment.json")
+        git = _mapping(field(event.facts, "git"))
+        names = {"commit": "mlflow.source.git.commit", "branch": "mlflow.source.git.branch"}
+        names["remote"] = "mlflow.source.git.repoURL"
+        found = {tag: str(git[name]) for name, tag in names.items() if git.get(name)}
+        command = list_or_empty(field(event.facts, "command"))
+        if command:
+            found["mlflow.source.name"] = " ".join(map(str, command))
+        self._tags.setdefault(run.key, {}).update(found)
+
     def _on_config_update(self, event: Any, envelope: Envelope) -> None:
         run = self._run(event.ctx, envelope)
         self._log_params(run, values_of(event.config), is_new=False)
@@ -314,6 +332,11 @@ class MlflowSink(Sink):
             raise TrackingRefusedError(f"{file} is missing, so it cannot be an artifact", "")
         self._client.log_file(run.id, file, folder)
 
+    def _on_alert(self, event: Any, envelope: Envelope) -> None:
+        run, facts = self._run(event.ctx, envelope), values_of({"title": event.title, "text": event.text})
+        text = f"{event.level}: {facts['text'] or facts['title']}"
+        self._tags.setdefault(run.key, {})[f"alert.{safe_key(str(facts['title']))}"] = text
+
     def _on_train_end(self, event: Any, envelope: Envelope) -> None:
         run = self._run(event.state, envelope)
         if run.announced:
@@ -370,9 +393,16 @@ class MlflowSink(Sink):
         return run
 
     def _run_tags(self, handle: object) -> dict[str, str]:
-        group = field(run_context(handle), "group_name")
-        tags = {"evsys_bus.run_key": run_name(handle), **self.config.tags}
-        return tags if group is None else tags | {"group": str(group)}
+        ctx = run_context(handle)
+        extras, group = field(ctx, "extras"), field(ctx, "group_name")
+        found = {"evsys_bus.run_key": run_name(handle), **self.config.tags}
+        if group is not None:
+            found["group"] = str(group)
+        if words := list_or_empty(field(extras, "tags")):
+            found["tags"] = ", ".join(map(str, words))
+        if notes := field(extras, "notes"):
+            found["mlflow.note.content"] = str(notes)
+        return found
 
     def _experiment(self, handle: object) -> str:
         named = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")

@@ -2,7 +2,8 @@
 
     step 12/300  loss 0.4312  accuracy 0.87  41.2 steps/s  eta 0:07
 
-Without carriage returns and colours, so it reads the same in a terminal, a pipe and a batch job's log.
+Without carriage returns, so it reads the same in a terminal, a pipe and a batch job's log. Alerts are lines of their
+own, in colour on a terminal.
 """
 
 import math
@@ -26,7 +27,7 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.logged_values import redacted_row
 from evsys_adapters.common.params import as_list, validate_params
-from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.terminal import LinePrinter, alert_line, one_line, step_label
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 
@@ -108,6 +109,15 @@ class PrintProgressCallback(Callback):
         pace.unprinted = _Step(step, num_steps_of(state), fields(metrics), now)
         if first or done % self._every == 0 or done == pace.unprinted.num_steps:
             self._print_last(pace)
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Print the alert, with its level."""
+        rank, shown = rank_of_event(self.event), redacted_row({"title": title, "text": text})
+        line = alert_line(level, shown["title"], shown["text"])
+        if self._show_run_name or rank:
+            name = one_line(run_key(ctx) or run_name(ctx))
+            line = f"{name} rank {rank}  {line}" if rank else f"{name}  {line}"
+        self._lines.print(line, level=level)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Print the last step's line if it was not printed, and forget the run."""

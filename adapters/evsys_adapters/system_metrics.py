@@ -231,7 +231,7 @@ class _Sampler:
         except OSError as error:
             self._faults.warn("system_metrics.not_recorded", journal.directory, error=error)
             return
-        machine = Machine(gpus=self._config.gpus)
+        machine = Machine(open_nvml() if self._config.gpus else None)
         try:
             wait = min(self._config.every_seconds, _FIRST_SECONDS)
             while not self._ended.wait(wait):
@@ -257,15 +257,15 @@ class Machine:
     """Reads the machine and this process. Use it on one thread.
 
     Args:
-        gpus: Whether to read GPUs too.
+        nvml: NVML, initialized, to read GPUs too; see `open_nvml`.
     """
 
-    def __init__(self, *, gpus: bool = True) -> None:
+    def __init__(self, nvml: Any = None) -> None:
         self._psutil: Any = importlib.import_module("psutil")
         self._errors: tuple[type[Exception], ...] = (OSError, self._psutil.Error, AttributeError, ValueError)
         self._process: Any = self._psutil.Process()
         self._network: tuple[float, Any] | None = None
-        self._nvml: Any = _open_nvml() if gpus else None
+        self._nvml = nvml
         self.sample()  # what percentages and rates are relative to
 
     def close(self) -> None:
@@ -336,7 +336,7 @@ class Machine:
                 yield f"gpu/{index}/watts", milliwatts / 1000
 
 
-def _open_nvml() -> Any:
+def open_nvml() -> Any:
     """Return NVML, the library of NVIDIA's driver; None where there is none."""
     try:
         nvml: Any = importlib.import_module("pynvml")

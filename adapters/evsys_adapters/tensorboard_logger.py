@@ -1,6 +1,7 @@
 """`TensorBoardLoggerCallback`: training, evals and predictions in TensorBoard's format, one folder per run.
 
-<log_dir>/<run_key>/events.out.tfevents.<n>.evsys-bus      scalars ``train/<metric>``, ``eval/<name>/<metric>``; texts
+<log_dir>/<run_key>/events.out.tfevents.<n>.evsys-bus      scalars ``train/<metric>``, ``eval/<name>/<metric>``; texts;
+                                                           ``<kind>/<name>`` of content; hyperparameters
 
 n counts how often the file was sorted. When a row comes late, TensorBoard's fast loader drops the run's points at later
 steps. So a file with late rows is sorted while the run continues, at most one hundredth of the time, and gets a new
@@ -9,15 +10,16 @@ has.
 """
 
 import asyncio
+import itertools
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, cast
 
 import msgspec
 
@@ -31,7 +33,9 @@ from evsys_adapters.common.hook_arguments import (
     run_key,
     run_name,
 )
+from evsys_adapters.common.logged_content import Content
 from evsys_adapters.common.logged_values import (
+    TRAIN,
     Table,
     config_of,
     json_of,
@@ -40,6 +44,7 @@ from evsys_adapters.common.logged_values import (
     split_numbers,
     stable_key,
     text_of,
+    values_of,
 )
 from evsys_adapters.common.params import check_local_path, require_package, validate_params
 from evsys_adapters.output_files.experiment_pages import conclusion_page, hypothesis_of
@@ -58,6 +63,11 @@ _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
 FILE: Final = "events.out.tfevents.0.evsys-bus"
 """The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
 _MIN_REORDER_SECONDS: Final = 1.0
+_MAX_HPARAMS: Final = 100
+_MAX_HPARAM_LETTERS: Final = 500
+_MAX_MEDIA_BYTES: Final = 16 << 20
+"""TensorBoard reads whole event files into memory."""
+_SHOWN_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/gif", "audio/wav"})
 _REORDER_TIME_SHARE: Final = 100
 """At most one part in this many of the time is spent on sorting files."""
 
@@ -113,7 +123,20 @@ def _size(path: Path) -> int:
         return 0
 
 
-class TensorBoardRun(LoggedRun[LoggedRunState]):
+class TensorBoardRunState(LoggedRunState, omit_defaults=True):
+    """State of one run."""
+
+    hparams: dict[str, bool | float | str] = msgspec.field(default_factory=dict[str, bool | float | str])
+    """The configuration, flattened."""
+    has_hparams: bool = False
+    """Whether they were written: TensorBoard reads only the first ones of a run."""
+    config_updates: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """All changes of the configuration so far."""
+    metric_tags: list[str] = msgspec.field(default_factory=list[str])
+    """The tags of the last training row."""
+
+
+class TensorBoardRun(LoggedRun[TensorBoardRunState]):
     """One run; its name is that of its folder."""
 
     def __init__(
@@ -122,10 +145,11 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         files: EventFiles,
         log: RecordLog,
         events: Events,
-        state: LoggedRunState,
+        state: TensorBoardRunState,
         output: TrackedOutput,
         lock: AbstractContextManager[object],
         schedule_reorder: Callable[[], object],
+        max_table_rows: int,
     ) -> None:
         super().__init__(log, state, output, lock)
         self.name = name
@@ -137,6 +161,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self._events = events
         self._faults = FaultLog()
         self._schedule_reorder = schedule_reorder
+        self._max_table_rows = max_table_rows
         self._reorder_due = 0.0
         state.needs_reorder = state.needs_reorder or bool(files.empty)
 
@@ -146,6 +171,41 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
             at_step = self.notes.last_step if step is None else step
             self._events.event_time = self.event_time
             self._add(self._events.text(at_step or 0, tag, text))
+
+    def add_alert(self, title: str, text: str, level: str) -> None:
+        """See `LoggedRun.add_alert`; a text, whose tag is the title."""
+        self.add_text(None, f"alert/{title}", f"**{level}** {text or title}")
+
+    def add_config(self, changed: Mapping[str, Any], ctx: object) -> None:
+        """See `LoggedRun.add_config`; a text, and hyperparameters unless there was a training row."""
+        del ctx
+        if changed:
+            values = values_of(changed)
+            self.set_hparams(values)
+            self.notes.config_updates |= values
+            self.add_text(None, "config update", _as_code(self.notes.config_updates))
+
+    def set_hparams(self, config: Mapping[str, Any]) -> None:
+        """Add hyperparameters, which are written before the first training row."""
+        if not self.notes.has_hparams:
+            known = {**self.notes.hparams, **dict(_flat(config))}
+            self.notes.hparams = dict(itertools.islice(known.items(), _MAX_HPARAMS))
+
+    def end(self, *, failed: bool) -> None:
+        """Log the end of the run, and which metrics the table of hyperparameters shows."""
+        with self.lock:
+            self._write_hparams()
+            if self.notes.hparams:
+                step = self.notes.last_step or 0
+                self._events.event_time = self.event_time
+                self._add(self._events.experiment(step, self.notes.hparams, self.notes.metric_tags))
+                self._add(self._events.session_end(step, failed=failed))
+
+    def _write_hparams(self) -> None:
+        if self.notes.hparams and not self.notes.has_hparams:
+            self._events.event_time = self.event_time
+            self._add(self._events.session_start(self.notes.last_step or 0, self.notes.hparams))
+            self.notes.has_hparams = True
 
     def close(self, *, forget: bool = False) -> None:
         """See `LoggedRun.close`; sorts the file whenever that was done last."""
@@ -167,6 +227,9 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
         numbers, texts = split_numbers(values)
         tags = _tags(stream, values)
+        if stream == TRAIN:
+            self._write_hparams()
+            self.notes.metric_tags = [tags[key] for key in itertools.islice(numbers, _MAX_HPARAMS)]
         if numbers:
             self._events.event_time = self.event_time
             self._add(self._events.scalars(step, {tags[key]: value for key, value in numbers.items()}))
@@ -216,9 +279,41 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
     def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
         self.add_text(step, f"{head}/{kind}", markdown(content) if isinstance(content, Table) else _as_code(content))
 
+    def _write_content(self, step: int, content: Content) -> None:
+        """Log a content; what TensorBoard does not show, as one line of text with the file's path."""
+        self._events.event_time = self.event_time
+        payload = self._encode_content(step, content)
+        if self.notes.tracker.pending_start is not None:
+            self._resolve_pending_start(is_logged=payload in self.log.records())
+        self._add(payload)
+        if self.reorder_when_due() is not None:
+            self._schedule_reorder()
+
+    def _encode_content(self, step: int, content: Content) -> bytes:
+        tag, events, payload, why = f"{content.kind}/{content.name}", self._events, None, None
+        data = content.read(_MAX_MEDIA_BYTES) if content.media_type in _SHOWN_TYPES else None
+        if content.kind == "text" and (text := content.text()) is not None:
+            return events.text(step, tag, text)
+        if content.kind == "table":
+            shown = markdown(content.table(self._max_table_rows))
+            return events.text(step, tag, f"{shown}\n\n{content.line()}")
+        if content.kind == "histogram":
+            edges, counts = content.data.get("edges", []), content.data.get("counts", [])
+            return events.histogram(step, tag, edges, counts)
+        if data is not None:
+            is_audio = content.media_type == "audio/wav"
+            payload = events.audio(step, tag, data) if is_audio else events.image(step, tag, data)
+        elif content.media_type in _SHOWN_TYPES:
+            why = f"its file is missing, or larger than {_MAX_MEDIA_BYTES >> 20} MiB"
+        elif content.kind != "artifact":
+            why = f"TensorBoard does not show {content.media_type or content.kind}"
+        return events.text(step, tag, content.line(why)) if payload is None else payload
+
     def _void_from(self, first_step: int) -> None:
         self._events.event_time = self.event_time
-        self.log.add(self._events.restart(first_step))
+        for _ in range(2):  # the slower loader takes the first of a run for its start, which voids nothing
+            self.log.add(self._events.restart(first_step))
+        self.notes.has_hparams = False
 
     def _reorder(self) -> None:
         """Sort the file; if the disk refuses that, it is tried again later."""
@@ -240,6 +335,19 @@ def _tags(stream: str, keys: Iterable[str]) -> dict[str, str]:
     return {key: tag if taken.get(tag, key) == key else f"{stream}/{stream}/{key}" for key, tag in tags.items()}
 
 
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    """Yield the values of nested configurations; the names of the levels are joined by ``/``."""
+    for key, value in config.items():
+        nested = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        if nested:
+            yield from _flat(nested, f"{prefix}{key}/")
+        elif value is not None:
+            plain = (
+                value if isinstance(value, bool | int | float) else text_of(cast("object", value))[:_MAX_HPARAM_LETTERS]
+            )
+            yield f"{prefix}{key}", float(plain) if type(plain) is int else plain
+
+
 def _as_code(value: object) -> str:
     return f"```json\n{json_of(value)}\n```"
 
@@ -253,6 +361,8 @@ class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields
     """How long a row may stay in memory. Behind a courier, rows are synced before they count as delivered."""
     max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 100
     """Maximum number of predictions in the table of one eval."""
+    max_table_rows: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    """Maximum number of rows shown of a table; its file has all."""
 
     def __post_init__(self) -> None:
         """Reject URLs and placeholders; none are replaced."""
@@ -260,8 +370,13 @@ class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields
             check_local_path(self.log_dir, "log_dir")
 
 
-class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
+class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
     """Logs runs in TensorBoard's format: scalars for numbers, texts for anything else, tables of predictions.
+
+    Content is logged as ``<kind>/<name>``: texts, tables (as Markdown), histograms, PNG, JPEG and GIF images, and WAV
+    sounds. What TensorBoard does not show (video, HTML, other formats, artifacts) is one line of text with the file's
+    path.
+    The configuration is shown as hyperparameters, as it is before the first training row.
 
     A benchmark that was scored after training is logged at the last trained step, as ``final/<name>/…``; if no step is
     known, as a text. Scalars are 32-bit floats. Wall times are those of the events, whenever they are delivered. A
@@ -290,22 +405,26 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         log_dir: str | os.PathLike[str] | None = None,
         flush_secs: float = 30,
         max_pred_rows: int = 100,
+        max_table_rows: int = 1000,
         *,
         clock: Callable[[], float] | None = None,
     ) -> None:
         params = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
         self._root = None if log_dir is None else local_path(log_dir, "log_dir")
-        self._config = validate_params(TensorBoardLoggerConfig, params | {"max_pred_rows": max_pred_rows})
+        params |= {"max_pred_rows": max_pred_rows, "max_table_rows": max_table_rows}
+        self._config = validate_params(TensorBoardLoggerConfig, params)
         require_package(self.name, "tensorboardX", "tensorboard")
         self._clock = clock
         self._lock = threading.RLock()
         self._reorder_scheduled = False
-        super().__init__(LoggedRunState, self._config.max_pred_rows, position_file_in)
+        super().__init__(TensorBoardRunState, self._config.max_pred_rows, position_file_in)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """Remember how the run ended."""
+        """Log the end of the run, and remember how it ended."""
         run = self._run(ctx)
         run.result, run.arm = run_result, arm
+        failed = bool(field(run_result, "error") or field(arm, "error"))
+        self._once(run, lambda: run.end(failed=failed))
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
@@ -358,24 +477,40 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         return run
 
     def _open(
-        self, handle: LoopState | LogContext, state: LoggedRunState | None, output: TrackedOutput
+        self, handle: LoopState | LogContext, state: TensorBoardRunState | None, output: TrackedOutput
     ) -> TensorBoardRun:
         folder, lease = self._candidates(handle).acquire_if_followed()
         known = self._known_in(folder, output)
         return self._opened(run_name(handle), folder, lease, known or state, output)
 
-    def _known_in(self, folder: Path, output: TrackedOutput) -> LoggedRunState | None:
+    def _known_in(self, folder: Path, output: TrackedOutput) -> TensorBoardRunState | None:
         return self._known(output, folder, [folder / name for name in EventFiles.names_in(folder)])
 
     def _opened(
-        self, name: str, folder: Path, claim: OutputLease, notes: LoggedRunState | None, output: TrackedOutput
+        self, name: str, folder: Path, claim: OutputLease, notes: TensorBoardRunState | None, output: TrackedOutput
     ) -> TensorBoardRun:
         files, events = EventFiles(folder, self._savepoints), Events(self._clock)
         log = RecordLog(files.newest, self._savepoints, events, self._config.flush_secs)
-        notes = notes or LoggedRunState(largest_step=UNKNOWN_STEP if any(log.records()) else -1)
-        run = TensorBoardRun(name, files, log, events, notes, output, self._lock, self._schedule_reorder)
+        notes = notes or TensorBoardRunState(largest_step=UNKNOWN_STEP if any(log.records()) else -1)
+        run = TensorBoardRun(
+            name,
+            files,
+            log,
+            events,
+            notes,
+            output,
+            self._lock,
+            self._schedule_reorder,
+            self._config.max_table_rows,
+        )
         run.lease = claim
         return run
+
+    def _train_ends(self, run: TensorBoardRun, state: LoopState) -> None:
+        """See `RunLogger._train_ends`; a run without RunStart ends here."""
+        super()._train_ends(run, state)
+        if field(run_context(state), "run_key") is None:
+            run.end(failed=field(state, "error") is not None)
 
     def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
         """Log the conclusion."""
@@ -423,6 +558,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         hypothesis = hypothesis_of(field(ctx, "config"))
         if hypothesis:
             run.add_text(None, "hypothesis", hypothesis)
+        run.set_hparams(config.get("run_config", config) if isinstance(config.get("run_config"), dict) else config)
         run.add_text(None, "config", _as_code(config))
 
     def _folder(self, handle: LoopState | LogContext) -> Path:

@@ -1,7 +1,7 @@
 """`WandbLoggerCallback`: logs each run to a local file in W&B's format, which is uploaded while it is written.
 
 <output_dir>/<run_key>/wandb/offline-run-<time>-<id>/run-<id>.wandb     the file that `wandb sync` uploads
-                                                     files/media/table/…  predictions
+                                                     files/media/table/…  predictions, and other content of the run
                                                      upload.log         output of the upload
                                                      run-<id>.wandb.uploaded     size that the server has
                                                      .run-<id>.wandb.at     which events it has the rows of
@@ -9,6 +9,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -20,6 +21,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import (
     field,
+    fields,
     num_steps_of,
     output_dir_of,
     ranked_folder,
@@ -39,10 +41,11 @@ from evsys_adapters.wandb_files.uploader import Uploader
 from evsys_bus.adapter import RunAnnotated
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch
-from evsys_bus.diagnostics import FaultLog
+from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import EvsysBusError, NotAttachedError
 
 _URL: Final = "wandb_url"
+_MAX_PROJECT_CHARS: Final = 128
 _TASK_RETRY_SECONDS: Final = 30.0
 """Delay before a task for an upload that never started is requested again."""
 
@@ -52,10 +55,12 @@ Mode = Literal["online", "offline", "disabled"]
 class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `WandbLoggerCallback`."""
 
-    project: Annotated[
-        str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])
-    ]
-    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``."""
+    project: (
+        Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])]
+        | None
+    ) = None
+    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``. Default: ``WANDB_PROJECT``,
+    else the name of the experiment's directory, or of the run's if there is no experiment; it is logged once."""
     entity: str | None = None
     """Default: that of the login, or ``WANDB_ENTITY``."""
     name: str | None = None
@@ -81,6 +86,9 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
     experiment; the notes are the hypothesis. A resumed run is the same W&B run; steps that are run again replace the
     earlier ones. Ranks above 0 are separate runs named ``<name>-rank<rank>``.
 
+    Content is logged over ``media/step`` with W&B's data types. Texts are pages of HTML; artifacts, and files that W&B
+    has no type for, are files of the run, in ``media/artifact``.
+
     The run's state at W&B, finished or failed, comes from its RunEnd, or else its TrainEnd, once no more events are
     expected. Without either the state is unknown: all rows are uploaded, and W&B shows the run as running, then as
     crashed, its state for a run that stopped reporting. (``wandb sync`` would mark it as failed.)
@@ -101,7 +109,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
 
     def __init__(
         self,
-        project: str,
+        project: str | None = None,
         entity: str | None = None,
         name: str | None = None,
         mode: Mode = "online",
@@ -123,6 +131,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         self._new_id = new_id
         self._faults = FaultLog()
         self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
+        self._logged_project = ""
         self._last_counted: dict[str, int] = {}
         """The last counted event of each stream: starts of runs are repeated after a crash."""
         super().__init__(WandbRunState, self._config.max_pred_rows, position_file_of)
@@ -138,6 +147,18 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run = self._run(state)
         is_due = step % self._config.log_every == 0 or step + 1 == num_steps_of(state)
         self._once(run, lambda: run.add_step(step, metrics) if is_due else run.defer_step(step, metrics))
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Log changed keys of the configuration; if there are none, the tags, notes or axes have changed."""
+        run = self._run(ctx)
+
+        def update() -> None:
+            run.add_config(config, ctx)
+            if not config:
+                run.notes.described = False
+                self._describe_run(run, ctx)
+
+        self._once(run, update)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
@@ -269,7 +290,8 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run.describe(
             field(ctx, "config"),
             config_of(ctx),
-            project=config.project,
+            fields(field(ctx, "extras")),
+            project=config.project or self._default_project(handle),
             entity=config.entity,
             run_group=field(ctx, "group_name") or Path(output_dir_of(ctx)).name or None,
             job_type=config.job_type,
@@ -277,6 +299,14 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         )
         if self._mode == "online":
             self._upload(run, handle)
+
+    def _default_project(self, handle: LoopState | LogContext) -> str:
+        name = os.environ.get("WANDB_PROJECT") or Path(output_dir_of(run_context(handle))).name or run_name(handle)
+        project = re.sub(r"[/\\#?%:]", "-", name)[:_MAX_PROJECT_CHARS]
+        if self._logged_project != project:
+            self._logged_project = project
+            log().info("wandb.project", project=project, why="none was given", fix="WandbLoggerCallback(project=...)")
+        return project
 
     def _upload(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Start the upload of the file, and publish its URL once it is known."""

@@ -35,7 +35,7 @@ from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.codec.redact import redact_text
 from evsys_bus.errors import DeliveryError, ParkedError, RejectedError, RetryLaterError
-from evsys_bus.events import Envelope, Eval, RunEnd, RunStart, StepEnd, TrainEnd, TrainStart
+from evsys_bus.events import Alert, Envelope, Eval, RunEnd, RunStart, StepEnd, Summary, TrainEnd, TrainStart
 from evsys_bus.sink import BatchResult, Sink
 
 _URL: Final = r"^https?://[^/\s?#]+(/\S*)?$"
@@ -169,8 +169,10 @@ class WebhookSink(Sink):
             prefix = f"{event.eval_name}/" if isinstance(event, Eval) else ""
             notes.step = max(step_of(event.step_idx), notes.step or 0)
             notes.metrics |= {f"{prefix}{key}": each for key, each in _plain_metrics(event.metrics).items()}
-            for key in list(notes.metrics)[:-_MAX_METRICS]:
-                del notes.metrics[key]
+        elif isinstance(event, Summary):
+            notes.metrics |= {f"summary/{key}": each for key, each in _plain_metrics(event.values).items()}
+        for key in list(notes.metrics)[:-_MAX_METRICS]:
+            del notes.metrics[key]
         return notes
 
     def _forget_ended(self, envelope: Envelope) -> None:
@@ -187,7 +189,7 @@ class WebhookSink(Sink):
     def _message(self, envelope: Envelope) -> Message | None:
         """Return the message about an event, None for an event without one."""
         event, notes = envelope.event, self._note(envelope)
-        name = "alert" if getattr(event, "hook", "") == "on_alert" else _NAMES.get(type(event))
+        name = _NAMES.get(type(event))
         if name is None or name not in self.config.events:
             return None
         if isinstance(event, TrainEnd) and self._is_announced(event):
@@ -199,12 +201,11 @@ class WebhookSink(Sink):
             "time": datetime.fromtimestamp(envelope.time, UTC).isoformat(timespec="milliseconds"),
             "run": envelope.run or run_key(handle) or run_name(handle),
         }
-        if name == "alert":
-            level = str(field(event, "level") or "warning")
+        if isinstance(event, Alert):
+            level = str(event.level)
             if level in _LEVELS and _LEVELS.index(level) < _LEVELS.index(self.config.min_level):
                 return None
-            texts = {key: redact_text(str(field(event, key) or "")) for key in ("title", "text")}
-            return message | {"level": level, **texts}
+            return message | {"level": level, "title": redact_text(event.title), "text": redact_text(event.text)}
         if name == "run_end":
             message |= _end(event, notes, envelope.time)
         return {key: each for key, each in message.items() if each not in (None, {})}
@@ -263,7 +264,7 @@ class WebhookSink(Sink):
         raise RejectedError({0: f"{what}; {_fix(status, self.config)}"})
 
 
-_NAMES: Final[Mapping[type, str]] = {RunStart: "run_start", RunEnd: "run_end", TrainEnd: "run_end"}
+_NAMES: Final[Mapping[type, str]] = {Alert: "alert", RunStart: "run_start", RunEnd: "run_end", TrainEnd: "run_end"}
 
 
 def _fix(status: int, config: WebhookConfig) -> str:

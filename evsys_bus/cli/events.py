@@ -344,7 +344,7 @@ def read_stream_states(directory: Path) -> list[StreamState]:
         JournalVersionError: A newer version of evsys-bus wrote it.
     """
     reader = JournalReader(directory)
-    return [_read_stream_state(reader, stream) for stream in reader.streams()]
+    return [_read_stream_state(reader, stream) for stream in reader.streams(*layout.DELIVERED_FAMILIES)]
 
 
 def _read_stream_state(reader: JournalReader, stream: str) -> StreamState:

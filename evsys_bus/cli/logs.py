@@ -26,7 +26,7 @@ from evsys_bus.delivery.process_log import LOG_NAME, MAX_LOG_BYTES, LogLine, Log
 from evsys_bus.disk import open_regular
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import layout
-from evsys_bus.run_files import ERROR_FILE
+from evsys_bus.run_files import ERROR_FILE, OUTPUT_FILE
 
 _DEFAULT_COUNT: Final = 100
 _MAX_FILE_BYTES: Final = MAX_LOG_BYTES
@@ -39,7 +39,7 @@ _COURIERS: Final = "couriers"
 
 
 class LogEntry(msgspec.Struct, frozen=True):
-    """One entry: a log line, or the traceback of a run."""
+    """One entry: a log line, or the traceback or the output of a run."""
 
     time: float
     level: str
@@ -58,7 +58,7 @@ class LogEntry(msgspec.Struct, frozen=True):
 @optional_run_argument
 @count_option(f"Number of entries; default: {_DEFAULT_COUNT}.")
 @follow_option
-@click.option("--all", "everything", is_flag=True, help="Also below WARNING, and what adapters printed.")
+@click.option("--all", "everything", is_flag=True, help="Also below WARNING, and what programs and adapters printed.")
 @adapters_option("Only of this adapter")
 @json_option
 @color_option
@@ -139,10 +139,10 @@ class RunLogs:
         self._log = None if journal is None else journal / layout.COURIERS / LOG_NAME
         is_journal = journal is not None and journal.absolute() == self.folder.absolute()
         self._experiment = self.folder.absolute().parent if is_journal else self.folder
-        if journal is None and not self._error_files():
+        if journal is None and not self._files(ERROR_FILE) and not self._files(OUTPUT_FILE):
             raise click.UsageError(f"{self.folder} holds neither a journal nor the error of a run")
         self._reader = None if self._log is None else LogReader(str(self._log))
-        self._error_times = dict(self._error_files())
+        self._error_times = dict(self._files(ERROR_FILE))
         self._read_lines: list[LogEntry] = []
 
     def read(self) -> list[LogEntry]:
@@ -151,7 +151,8 @@ class RunLogs:
         for path in () if self._log is None else (self._log.with_name(f"{LOG_NAME}.1"), self._log):
             entries += self._read_log(path)
         self._read_lines = entries[-_DEFAULT_COUNT:]
-        entries += [_error_entry(path, mtime, self._read_end(path)) for path, mtime in self._error_files()]
+        entries += [_error_entry(path, mtime, self._read_end(path)) for path, mtime in self._files(ERROR_FILE)]
+        entries += [_output_entry(path, mtime, self._read_end(path)) for path, mtime in self._files(OUTPUT_FILE)]
         return sorted(entries, key=lambda entry: entry.time)
 
     def poll(self) -> Iterator[LogEntry]:
@@ -162,15 +163,15 @@ class RunLogs:
                 if entry not in self._read_lines:  # logged between opening the file and reading it
                     yield entry
             self._read_lines = []
-        for path, mtime in self._error_files():
+        for path, mtime in self._files(ERROR_FILE):
             if self._error_times.get(path) != mtime:
                 self._error_times[path] = mtime
                 yield _error_entry(path, mtime, self._read_end(path))
 
-    def _error_files(self) -> list[tuple[Path, float]]:
-        """Return the error files of the run, or of all runs of the experiment, and when they were written."""
+    def _files(self, name: str) -> list[tuple[Path, float]]:
+        """Return the files of this name of the run, or of all runs of the experiment, and when they were written."""
         found: list[tuple[Path, float]] = []
-        for pattern in (ERROR_FILE,) if self.run is not None else (ERROR_FILE, f"*/{ERROR_FILE}"):
+        for pattern in (name,) if self.run is not None else (name, f"*/{name}"):
             for path in sorted(self._experiment.glob(pattern)):
                 with suppress(OSError):  # the run has started again, and succeeded
                     found.append((path, path.stat().st_mtime))
@@ -250,6 +251,12 @@ def _error_entry(path: Path, mtime: float, text: str) -> LogEntry:
     run = path.absolute().parent.name
     last = text.rstrip().rpartition("\n")[2]
     return LogEntry(mtime, "error", run, f"the run failed: {last}", text.rstrip(), run)
+
+
+def _output_entry(path: Path, mtime: float, text: str) -> LogEntry:
+    run = path.absolute().parent.name
+    first, _, rest = text.rstrip().partition("\n")
+    return LogEntry(mtime, "output", run, first, rest or None, run, is_problem=False)
 
 
 class _EntryFilter(msgspec.Struct, frozen=True):

@@ -333,7 +333,9 @@ def replay(
     """
     policy = DeliveryPolicy()
     streams = [
-        each for each in JournalReader(directory).streams() if policy.ranks and layout.rank_of(each) in policy.ranks
+        each
+        for each in JournalReader(directory).streams(*layout.DELIVERED_FAMILIES)
+        if policy.ranks and layout.rank_of(each) in policy.ranks
     ]
     start_sequences = dict.fromkeys(streams, after)
     courier = Courier(

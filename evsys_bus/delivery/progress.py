@@ -168,7 +168,7 @@ class PendingCounter:
             )
 
     def _served_streams(self) -> list[str]:
-        names = layout.list_delivered_streams(self._disk, self._directory)
+        names = layout.list_streams_of(self._disk, self._directory, layout.DELIVERED_FAMILIES)
         return [name for name in names if self._ranks is None or layout.rank_of(name) in self._ranks]
 
     def _absent_in_stream(self, stream: str, position: Position) -> int:

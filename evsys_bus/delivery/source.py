@@ -280,7 +280,7 @@ class EventSource:
         self._listing_due = self._listed_at + MAX_LISTING_SECONDS
         before = len(self._sources)
         try:
-            for name in self._reader.delivered_streams():
+            for name in self._reader.streams(*layout.DELIVERED_FAMILIES):
                 if name in self._sources:
                     continue
                 rank_number = layout.rank_of(name)

@@ -1,5 +1,6 @@
 """Rows of metrics that are logged in parts: each part is recorded at once, the whole row once it is complete."""
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,9 +9,10 @@ from typing import Any, Final
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import EvsysBusError
-from evsys_bus.events import StepEnd
-from evsys_bus.journal import JournalReader
+from evsys_bus.events import Envelope, StepEnd
+from evsys_bus.journal import JournalReader, OsDisk, layout
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
@@ -86,6 +88,24 @@ def is_recorded(bus: EventBus, run: str, step: int) -> bool:
             if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
                 return True
     return False
+
+
+def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
+    """Return the row that an earlier process has logged in parts when it was killed, as a `StepEnd`, if there is one.
+
+    Couriers get it from the end of the stream; callbacks that run inline have not got it.
+    """
+    reader, rows = JournalReader(journal), OpenRows()
+    streams = [each for each in reader.streams() if layout.rank_of(each) == rank]
+    for stream in streams[-_STREAMS_READ:]:
+        segments = layout.list_segments(OsDisk(), f"{journal}/{stream}")[-_STREAMS_READ:]
+        if segments:
+            rows.restore(reader, stream, segments[0].first_sequence, sys.maxsize)
+    return [row for stream in streams for row in rows.of(stream) if row.run == run_key]
+
+
+_STREAMS_READ: Final = 2
+"""The newest streams, and segments of each: that of the killed process, and the one that has just begun."""
 
 
 class RowMerger:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self, cast
 import msgspec
 
 from evsys_bus.bus import EventBus
+from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
 from evsys_bus.context import (
     ArmResult,
@@ -48,8 +49,8 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded
-from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open
+from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
 _MAX_STEP: Final = (1 << 63) - 1
@@ -395,6 +396,11 @@ class Run(ContentLogger):
             )
             self._background.start()
         self.bus.publish(TrainStart(self.state))
+        journal = self.bus.health().journal
+        if self._is_continued and journal is not None:
+            for each in rows_left_open(journal.directory, self.bus.rank, self.name):
+                row: Any = each.event
+                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, _NO_BATCH, row.metrics)
 
     def _save_start(self) -> None:
         started_at = self._file.started_at or now()
@@ -542,7 +548,7 @@ class Run(ContentLogger):
     def _capture_output(self) -> None:
         from evsys_bus.front.output import OutputCapture  # only where output is captured
 
-        capture = OutputCapture(self.path / "output.log")
+        capture = OutputCapture(self.path / OUTPUT_FILE)
         capture.start()
         self._stack.callback(capture.stop)
 
@@ -594,11 +600,9 @@ def _to_row(metrics: Any) -> Row:
 
 def _whole(step: Any) -> int:
     try:
-        if isinstance(step, bool):
-            raise TypeError  # noqa: TRY301 # most likely meant as `commit`
         number = to_int(step)
-        if abs(number) > _MAX_STEP:
-            raise OverflowError  # noqa: TRY301 # as above
+        if isinstance(step, bool) or abs(number) > _MAX_STEP:
+            raise OverflowError  # noqa: TRY301 # a bool is most likely meant as `commit`
         return number  # noqa: TRY300 # as above
     except Exception as error:
         raise TrainingError(

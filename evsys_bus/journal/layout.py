@@ -198,9 +198,9 @@ def list_streams(disk: Disk, directory: str, rank: int | None = None, family: Fa
     return [stream for _, stream in sorted(selected)]
 
 
-def list_delivered_streams(disk: Disk, directory: str) -> list[str]:
-    """List the streams that adapters are given, those of publishing processes first."""
-    return [each for family in DELIVERED_FAMILIES for each in list_streams(disk, directory, family=family)]
+def list_streams_of(disk: Disk, directory: str, families: Iterable[Family]) -> list[str]:
+    """List the streams of several families, one family after the other."""
+    return [each for family in families for each in list_streams(disk, directory, family=family)]
 
 
 def list_segments(disk: Disk, folder: str) -> list[SegmentName]:

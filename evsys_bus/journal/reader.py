@@ -76,13 +76,9 @@ class JournalReader:
         self._declared_live: dict[str, tuple[int, bool]] = {}
         """By lock file: its size, and what its owner has declared."""
 
-    def streams(self, family: Family = "r") -> list[str]:
-        """List the streams in order; none where there is no journal."""
-        return layout.list_streams(self._disk, self.directory, family=family)
-
-    def delivered_streams(self) -> list[str]:
-        """List the streams that adapters are given, those of publishing processes first."""
-        return layout.list_delivered_streams(self._disk, self.directory)
+    def streams(self, *families: Family) -> list[str]:
+        """List the streams of these families, by default of publishing processes, in order; none without a journal."""
+        return layout.list_streams_of(self._disk, self.directory, families or ("r",))
 
     @property
     def id(self) -> str:
@@ -507,12 +503,7 @@ def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Recor
 
 
 def read_frames_newest_first(disk: Disk, path: str, window_bytes: int = _CHUNK_BYTES) -> Iterator[Frame]:
-    """Yield the intact frames of one segment, newest first, of all kinds.
-
-    Args:
-        disk: The file system.
-        path: The segment.
-        window_bytes: How much is read at a time: less is faster where only a few frames are needed.
+    """Yield the intact frames of one segment, newest first, of all kinds; ``window_bytes`` are read at a time.
 
     Raises:
         JournalVersionError: A newer version of evsys-bus wrote it.
@@ -592,7 +583,7 @@ def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Journ
     """Read a whole journal. A segment of a newer format counts as unreadable."""
     reader = JournalReader(directory, disk)
     file_system: Disk = OsDisk() if disk is None else disk
-    streams = reader.delivered_streams()
+    streams = reader.streams(*layout.DELIVERED_FAMILIES)
     return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in streams])
 
 

@@ -7,10 +7,11 @@ each metric counts. Events may come from other programs and versions, so the typ
 
 import itertools
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import msgspec
 
@@ -37,7 +38,15 @@ from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import JournalReader, OsDisk, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first
-from evsys_bus.reading.recorded_run import RecordedAlert, RecordedEval, RecordedRun, State, to_datetime, to_mapping
+from evsys_bus.reading.recorded_run import (
+    RecordedAlert,
+    RecordedEval,
+    RecordedRun,
+    State,
+    TimeSeries,
+    to_datetime,
+    to_mapping,
+)
 from evsys_bus.reading.rows import MAX_STEPS, MetricColumn, RankRecord, is_step, to_step
 
 JOURNAL: Final = "journal"
@@ -56,15 +65,14 @@ _NO_STEP: Final = (*DECODE_ERRORS, BufferError)
 class _StepState(msgspec.Struct, gc=False):
     """What a step's state has of its run."""
 
-    output_dir: Any = None
-    run: Any = None
-    root: Any = None
+    output_dir: str | None = None
+    root: str | None = None
     context: Any = None
 
 
 class _StepEvent(msgspec.Struct, gc=False):
     type: Literal["step_end", "run.metrics"]
-    step_idx: int
+    step_idx: Annotated[int, msgspec.Meta(gt=-MAX_STEPS, lt=MAX_STEPS)]
     metrics: dict[str, float]
     state: _StepState | None = None
 
@@ -75,6 +83,18 @@ class _StepEnvelope(msgspec.Struct, gc=False):
     run: str | None = None
 
 
+class _SampleEvent(msgspec.Struct, gc=False):
+    type: Literal["system_metrics"]
+    values: dict[str, float]
+
+
+class _SampleEnvelope(msgspec.Struct, gc=False):
+    time: float
+    event: _SampleEvent
+    run: str
+
+
+_decode_sample: Final = msgspec.msgpack.Decoder(_SampleEnvelope).decode
 _decode_step: Final = msgspec.msgpack.Decoder(_StepEnvelope).decode
 """Decodes what nearly all records are, and no more of it than is needed. It refuses all others."""
 
@@ -206,9 +226,7 @@ class _RunCollector:
         """
         record = self._record
         record.directory = directory
-        sibling = None if self.folder is None else directory.parent / self.folder.name
-        moved = self.folder is None or (not self.folder.is_dir() and sibling is not None and sibling.is_dir())
-        record.folder = sibling or directory if moved else self.folder or directory
+        record.folder = self._find_folder(directory)
         record.arm = _text(record.config.get("arm")) or record.arm
         seed = record.config.get("seed")
         record.seed = seed if is_step(seed) else None
@@ -234,6 +252,17 @@ class _RunCollector:
         record.ended = None if record.state == "running" else record.last_time
         return record
 
+    def _find_folder(self, directory: Path) -> Path:
+        """Return the run's directory; if the run was moved, it is beside the journal, or around it."""
+        if self.folder is not None and self.folder.is_dir():
+            return self.folder
+        name, around = self.folder.name if self.folder is not None else self.key, directory.absolute().parent
+        if (directory.parent / name).is_dir():
+            return directory.parent / name
+        if around.name == name:
+            return directory.parent
+        return directory if self.folder is None else self.folder
+
     def _state(self, rank: RankRecord, stream_states: list[str]) -> State:
         if rank.status is not None:
             return rank.status
@@ -258,6 +287,7 @@ class JournalCollector:
         self._runs: Final[list[_RunCollector]] = []
         self._stream_states: Final[dict[str, str]] = {}
         self._extras: Final[dict[str, dict[str, Any]]] = {}
+        self._samples: Final[dict[str, dict[str, TimeSeries]]] = {}
         self._undecodable_records = 0
         self._problems: Final[list[str]] = []
         self._experiment: str | None = None
@@ -272,6 +302,7 @@ class JournalCollector:
         with _Problems(self._problems):
             streams = self._streams()
             self._read_annotations()
+            self._read_samples()
         for stream in streams:
             with _Problems(self._problems):
                 self._read_stream(stream)
@@ -359,6 +390,7 @@ class JournalCollector:
             records = [RecordedRun(id=self._default_key, directory=self._directory, folder=folder, state="killed")]
         for each in records:
             each.extras = self._extras.get(each.id, {})
+            each.system = self._samples.get(each.id, {})
             each.experiment = self._experiment
             each.success_metric = _text(self._success_metric.get("name"))
             each.success_mode = "min" if self._success_metric.get("mode") == "min" else "max"
@@ -413,6 +445,20 @@ class JournalCollector:
                 envelope = self.decode(record.payload) if _ANNOTATION_TAG in record.payload else None
                 if envelope is not None and isinstance(envelope.event, RunAnnotated):
                     self.annotate(envelope.event)
+
+    def _read_samples(self) -> None:
+        """Read the samples of the machine, which have streams of their own."""
+        for stream in self._reader.streams("s"):
+            for record in self._reader.read(stream):
+                try:
+                    sample = _decode_sample(record.payload)
+                except _NO_STEP:  # another event
+                    continue
+                series = self._samples.setdefault(sample.run, {})
+                for name, value in sample.event.values.items():
+                    found = series.setdefault(name, TimeSeries(array("d"), array("d")))
+                    found.times.append(sample.time)
+                    found.values.append(value)
 
 
 class _StreamEvents:

@@ -37,6 +37,14 @@ class MetricSeries(NamedTuple):
     """NaN and infinities as they were recorded; an integer is a float here."""
 
 
+class TimeSeries(NamedTuple):
+    """Samples of the machine that trains, in the order in which they were taken."""
+
+    times: "array[float]"
+    """Seconds since the epoch."""
+    values: "array[float]"
+
+
 class MetricSummary(NamedTuple):
     """A metric in a few numbers; NaN and infinities are counted, and left out of all others."""
 
@@ -116,6 +124,8 @@ class RecordedRun:
     """By name. If processes of several ranks recorded one name, that of the lowest rank."""
     times: MetricSeries = field(default_factory=lambda: MetricSeries(array("q"), array("d")))
     """Of all steps: when the last part of each row was published, in seconds since the epoch."""
+    system: dict[str, TimeSeries] = field(default_factory=dict[str, TimeSeries])
+    """Samples by ``system_metrics``, such as ``cpu/percent``; of all ranks together."""
     evals: list[RecordedEval] = field(default_factory=list[RecordedEval])
     benchmarks: list[EvalResult] = field(default_factory=list[EvalResult])
     checkpoints: list[ManifestRow] = field(default_factory=list[ManifestRow])

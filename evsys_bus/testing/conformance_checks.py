@@ -278,6 +278,7 @@ class CallbackConformance:
         for label, metrics in hostile_metrics():
             self._feed(f"metrics with {label}", lambda folder, row=metrics: [_step_with_metrics(folder, row)])
         self._feed("late and repeated steps", _late_steps)
+        self._feed("content, alerts and facts", lambda folder: [Timeline(folder).all_events(facts=True)])
         repeated = self._feed_and_read("repeated start events", _repeated_starts)
         if repeated != expected:
             failures.add(f"repeated start events change nothing; {difference(expected, repeated)}")

@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 from evsys_bus import events as ev
 from evsys_bus.callback import Callback
@@ -137,6 +137,20 @@ class RecordingCallback(Callback):
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Record it."""
         self.keep(ev.ExperimentEnd(ctx, result))
+
+
+def _recorder(event_type: type[ev.Event]) -> Callable[..., None]:
+    def record(self: RecordingCallback, *values: Any) -> None:
+        self.keep(event_type(*values))
+
+    return record
+
+
+for _each in (
+    *(ev.Metrics, ev.EpochEnd, ev.Rollout, ev.TrainData, ev.Environment),
+    *(ev.ConfigUpdate, ev.Summary, ev.Content, ev.Alert),
+):
+    setattr(RecordingCallback, _each.hook, _recorder(_each))
 
 
 class RecordingSink(Sink):

@@ -9,6 +9,7 @@ from evsys_bus import events as ev
 from evsys_bus.codec import decode, encode
 from evsys_bus.context import (
     ArmResult,
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -55,6 +56,25 @@ class Timeline:
             )
             yield ev.BenchmarkEval(ctx, eval_result, [{"task_id": "1", "reward": 1.0, "output": "yes"}], step)
 
+    def fact_events(self, step: int) -> Iterator[ev.Event]:
+        """Yield what each run may log beside its metrics: facts, content, alerts, trajectories."""
+        for run, ctx in self.contexts.items():
+            state = self.state(run, step)
+            yield ev.Environment(ctx, {"python": "3.11", "command": ["train.py"]})
+            yield ev.ConfigUpdate(ctx, {"batch": 8})
+            yield ev.TrainData(ctx, [{"text": "one and one"}])
+            yield ev.Metrics(state, step, {"loss": 0.5})
+            yield ev.Rollout(state, step, [{"reward": 1.0, "text": "two"}], ["sum"])
+            yield ev.EpochEnd(state, 0, {"loss": 0.25})
+            yield ev.Content(state, step, ContentItem("text", "answer", data={"text": "two"}))
+            counts = {"edges": [0.0, 1.0, 2.0], "counts": [3, 1]}
+            yield ev.Content(state, step, ContentItem("histogram", "lengths", data=counts))
+            yield ev.Content(
+                state, None, ContentItem("image", "gone", "media/gone.png", "00", "image/png", 8, "a file")
+            )
+            yield ev.Summary(ctx, {"best": 0.25})
+            yield ev.Alert(ctx, "loss is high", "twice the baseline")
+
     def end_events(self) -> Iterator[ev.Event]:
         """Yield the end events."""
         arms: list[ArmResult] = []
@@ -67,11 +87,13 @@ class Timeline:
             yield ev.RunEnd(ctx, result, arms[-1])
         yield ev.ExperimentEnd(self.experiment, ExperimentResult("trial", arms=arms, best_arm="wide", best_score=0.875))
 
-    def all_events(self) -> Iterator[ev.Event]:
-        """Yield all events, from first to last."""
+    def all_events(self, *, facts: bool = False) -> Iterator[ev.Event]:
+        """Yield all events, from first to last; with ``facts`` also those of `fact_events`."""
         yield from self.start_events()
         for step in range(STEPS):
             yield from self.step_events(step)
+            if facts:
+                yield from self.fact_events(step)
         yield from self.end_events()
 
 

@@ -181,6 +181,10 @@ class TrainingLoop:
             self.metrics.flush()
             self.checkpoints.flush()
             self._faults.flush()
+            if self.skipped_steps:
+                log().warning(
+                    "step.skipped", run=state.run_key, count=self.skipped_steps, why="their batches are empty"
+                )
             self.artifacts = self._artifacts()
             bus.publish(TrainEnd(state, self.artifacts))
         return self.artifacts
@@ -190,11 +194,9 @@ class TrainingLoop:
         batch = await self.step_builder.build_batch(step_idx)
         if batch is None or _is_empty(batch):
             self.skipped_steps += 1
-            self._faults.warn("step.skipped", "empty", step=step_idx, why="the batch is empty")
         else:
             metrics = await self._train_step(batch)
-            # The step is the first key of its row, and overrides a metric of that name.
-            self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
+            self.metrics.log_metrics(step_idx, metrics)
             self.last_metrics = metrics
             bus.publish(StepEnd(self.state, step_idx, batch, metrics))
         if _is_due(self.save_every, step_idx):

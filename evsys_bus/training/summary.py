@@ -102,7 +102,7 @@ def _summary(name: str, runs: list[ArmResult], last_stage: object, success: Succ
 
 
 def _spread(metric: str, runs: Iterable[ArmResult]) -> Spread:
-    return spread_of(run.eval_metrics.get(metric, run.metrics.get(metric)) for run in runs)
+    return spread_of(run.score(metric) for run in runs)
 
 
 def _stage_name(run: ArmResult) -> object:

@@ -20,10 +20,12 @@ from evsys_adapters.output_files import csv_table
 from evsys_bus.callback import check_hooks, dispatch
 from evsys_bus.config import build_callbacks
 from evsys_bus.context import (
+    ContentItem,
     DetachedLoopState,
     ExperimentResult,
     LogContext,
     LoopArtifacts,
+    LoopState,
     TrainingBatch,
     detached,
 )
@@ -720,3 +722,16 @@ def test_a_path_object_that_was_a_url_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is a URL"):
         CsvMetricsCallback(Path("s3://bucket/m.csv"))
+
+
+def test_content_that_the_file_does_not_show_is_logged_once_per_kind(tmp_path, caplog):
+    table = CsvMetricsCallback(tmp_path / "m.csv")
+    state = LoopState(0, 3, tmp_path / "run")
+    with caplog.at_level("INFO"):
+        for step in range(3):
+            table.on_content(state, step, ContentItem("image", "samples", f"media/{step}.png"))
+            table.on_content(state, step, ContentItem("table", "rows", f"media/{step}.json"))
+    said = [each for each in caplog.text.splitlines() if "csv_metrics.content_omitted" in each]
+    assert len(said) == 2
+    assert "media/0.png" in said[0]
+    assert not (tmp_path / "m.csv").exists()

@@ -44,7 +44,7 @@ from evsys_bus import (
 from evsys_bus.context import LoopArtifacts
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import ConfigError
-from evsys_bus.events import Eval
+from evsys_bus.events import Eval, Summary
 from evsys_bus.journal import layout
 from evsys_bus.testing import conformance
 from evsys_bus.training.plan import RunComponents
@@ -448,6 +448,20 @@ def test_stages_of_a_continual_run_are_groups_and_benchmarks_without_a_step_come
     patches = [args["patch"] for op, args in writes(server) if op == "update_run"]
     assert patches == [{"status": "failed", "error_message": "OSError: gone"}] * 4
     assert writes(server)[-1][1]["patch"] == {"status": "completed", "conclusion": None}
+
+
+def test_a_summary_is_sent_at_the_end_of_the_run(tmp_path, server):
+    _, ctx = contexts(tmp_path)
+    with EventBus(build_callbacks([{"kind": "evsys_logger"}]), journal=tmp_path / "journal") as bus:
+        bus.publish(RunStart(ctx))
+        bus.publish(Summary(ctx, {"best": 0.5, "api_key": "secret-5"}))
+        bus.publish(Summary(ctx, {"best": 0.25, "worst": math.nan}))
+        bus.publish(RunEnd(ctx, RunResult(), ArmResult("arm")))
+    assert bus.receipt.deliveries[0].complete
+    [run] = server.tables["runs"].values()
+    assert run["summary"]["best"] == 0.25
+    assert run["summary"]["evsys_bus_left_out"] == {"summary/worst": 1}
+    assert "secret-5" not in str(server.tables)
 
 
 def test_what_json_cannot_hold_is_left_out_and_said_and_its_row_is_there(tmp_path, server, caplog):

@@ -10,12 +10,15 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import evsys_bus
 from evsys_adapters import MlflowLoggerCallback, SystemMetricsCallback
 from evsys_adapters.mlflow_logger import MlflowSink
 from evsys_bus import (
@@ -35,15 +38,16 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.context import LoopArtifacts
+from evsys_bus.context import ContentItem, LoopArtifacts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
-from evsys_bus.events import Eval
+from evsys_bus.events import Alert, Content, Environment, Eval, Summary
+from evsys_bus.front.media import store_content
 from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
-from support.couriers import counted, deliver
+from support.couriers import counted, deliver, read_dead_letters
 from support.journals import read_envelopes
 
 pytestmark = [
@@ -102,6 +106,12 @@ def history(store, run, key):
 
 def artifact(store, run, file):
     return Path(client(store).download_artifacts(run.info.run_id, file)).read_text(encoding="utf-8")
+
+
+def files_of(store, run, folder):
+    """The files of a folder of artifacts and of those below."""
+    for each in client(store).list_artifacts(run.info.run_id, folder):
+        yield from files_of(store, run, each.path) if each.is_dir else [each.path]
 
 
 def contexts(folder, key="ppo"):
@@ -247,6 +257,50 @@ async def test_predictions_are_an_artifact(store, tmp_path, journal):
     assert table["caption"] == "1 of 2 predictions"
 
 
+async def test_what_the_front_door_logs_is_there(store, tmp_path):
+    path = tmp_path / "lab" / "ppo"
+    (tmp_path / "notes.md").write_text("# notes")
+    with evsys_bus.run(
+        path, config={"lr": 0.1}, tags=["rl", "small"], notes="a first try", output=False, environment=False
+    ) as run:
+        run.log({"loss": 1.0}, step=0)
+        run.log({"reward": 2.0}, step=0)
+        run.config.update({"device": "cpu"})
+        run.text("sample", "once upon a time", step=0)
+        run.histogram("weights", [0.0, 0.5, 1.0], bins=2, step=0)
+        run.table("answers", columns=["question", "answer"], rows=[["6 * 7", 42]], step=0)
+        run.artifact("notes", tmp_path / "notes.md")
+        run.epoch_end(0, {"loss": 0.75})
+        run.summary["best"] = 0.93
+    courier = await deliver(path / "journal", sink(store))
+    assert counted(courier)[1:] == (0, 0)
+    found = only_run(store)
+    metrics = {"train/loss": 1.0, "train/reward": 2.0, "epoch/loss": 0.75, "summary/best": 0.93}
+    assert found.data.metrics == metrics
+    assert found.data.params == {"lr": "0.1", "device": "cpu"}
+    assert found.data.tags["tags"] == "rl, small"
+    assert found.data.tags["mlflow.note.content"] == "a first try"
+    assert found.info.status == "FINISHED"
+    folders = ("text/sample/step-0", "table/answers/step-0", "artifact/notes")
+    [text], [table], [file] = ([*files_of(store, found, each)] for each in folders)
+    assert "once upon a time" in artifact(store, found, text)
+    assert "42" in artifact(store, found, table)
+    assert artifact(store, found, file) == "# notes"
+    histogram = json.loads(artifact(store, found, "histogram/weights/step-0/histogram.json"))
+    assert histogram["counts"] == [1, 2]
+
+
+async def test_the_environment_is_an_artifact_and_the_commit_has_mlflows_name(store, tmp_path, journal):
+    ctx, _ = contexts(tmp_path)
+    facts = {"python": "3.13", "command": ["train.py", "--lr", "1"], "git": {"commit": "abc", "branch": None}}
+    record(journal, [RunStart(ctx), Environment(ctx, facts)])
+    await deliver(journal, sink(store))
+    run = only_run(store)
+    assert run.data.tags["mlflow.source.git.commit"] == "abc"
+    assert run.data.tags["mlflow.source.name"] == "train.py --lr 1"
+    assert json.loads(artifact(store, run, "environment.json"))["python"] == "3.13"
+
+
 async def test_steps_may_be_thinned(store, tmp_path, journal):
     _, state = contexts(tmp_path)
     record(journal, [StepEnd(state, step, TrainingBatch(), {"loss": step}) for step in range(10)])
@@ -270,6 +324,56 @@ def test_a_courier_process_sends_samples_of_the_machine_apart_from_the_training(
     assert run.data.metrics["system/memory/percent"] > 0
     assert run.data.params["seed"] == "7"
     assert run.data.tags["group"] == "seeds"
+    reader = JournalReader(tmp_path / "journal")
+    published = b"".join(each.payload for stream in reader.streams("c") for each in reader.read(stream))
+    assert b"mlflow_run_id" in published
+    assert run.info.run_id.encode() in published
+
+
+async def test_content_whose_file_is_gone_is_a_dead_letter_and_the_rest_arrives(store, tmp_path, journal):
+    _, state = contexts(tmp_path)
+    item = ContentItem("image", "sample", "media/gone.png")
+    events = [*training(tmp_path)]
+    record(journal, [*events[:4], Content(state, 0, item), *events[4:]])
+    assert counted(await deliver(journal, sink(store))) == (11, 1, 0)
+    assert "gone.png is missing" in str(read_dead_letters(journal))
+    assert history(store, only_run(store), "train/loss") == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+
+
+async def test_errors_show_no_password_of_a_uri(tmp_path, journal, monkeypatch, store):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2hunter2@127.0.0.1:1")
+    record(journal, training(tmp_path))
+    logger = MlflowSink("lab")
+    await logger.open()
+    with pytest.raises(RetryLaterError) as caught:
+        await logger.write(read_envelopes(journal))
+    assert "MLflow at 127.0.0.1" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(401, ParkedError), (403, ParkedError), (404, ParkedError), (429, RetryLaterError), (502, RetryLaterError)],
+)
+async def test_what_a_server_answers_decides_what_happens(tmp_path, journal, status, error, store):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        def do_POST(self):
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        record(journal, training(tmp_path))
+        logger = sink(f"http://127.0.0.1:{server.server_port}")
+        await logger.open()
+        with pytest.raises(error, match="MLflow at 127.0.0.1"):
+            await logger.write(read_envelopes(journal))
+        server.shutdown()
 
 
 def samples(journal):
@@ -414,3 +518,17 @@ async def deliver_while_the_server_starts(journal, server):
         group.create_task(start())
         group.create_task(courier.run())
     return courier
+
+
+async def test_content_is_an_artifact_alerts_are_tags_and_a_summary_is_metrics(store, tmp_path, journal):
+    ctx, state = contexts(tmp_path)
+    ctx.run_dir.mkdir(parents=True)
+    page = store_content(ctx.run_dir, "html", "page", "<p>hello</p>")
+    events = [RunStart(ctx), TrainStart(state), Content(state, 3, page)]
+    events += [Alert(ctx, "loss is NaN", "look", "error"), Summary(ctx, {"best": 0.5})]
+    record(journal, events)
+    await deliver(journal, sink(store))
+    run = only_run(store)
+    assert artifact(store, run, f"html/page/step-3/{Path(page.path).name}") == "<p>hello</p>"
+    assert run.data.tags["alert.loss is NaN"] == "error: look"
+    assert history(store, run, "summary/best") == [(0, 0.5)]

@@ -376,3 +376,31 @@ def test_texts_among_the_metrics_are_printed_without_credentials(tmp_path, capsy
     assert "plain-as-day" not in printed
     assert "loss 1.5" in printed
     assert "word up" in printed
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("level", "color"), [("info", 36), ("warning", 33), ("error", 31)])
+def test_an_alert_is_a_line_with_its_level_in_colour_on_a_terminal_only(tmp_path, monkeypatch, level, color):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ctx, line = LogContext(tmp_path, run_key="a"), f"{level.upper()}  loss is NaN  look at step 6"
+    terminal, pipe, plain = Terminal(), io.StringIO(), Terminal()
+    for stream in (terminal, pipe):
+        PrintProgressCallback(stream=stream).on_alert(ctx, "loss is NaN", "look at\nstep 6", level)
+    monkeypatch.setenv("NO_COLOR", "1")
+    PrintProgressCallback(stream=plain).on_alert(ctx, "loss is NaN", "look at\nstep 6", level)
+    assert terminal.getvalue() == f"\x1b[{color}m{line}\x1b[0m\n"
+    assert pipe.getvalue() == plain.getvalue() == f"{line}\n"
+
+
+def test_an_alert_names_its_run_in_an_experiment_and_has_no_credentials(tmp_path):
+    stream, ctx = io.StringIO(), LogContext(tmp_path, run_key="a")
+    progress = PrintProgressCallback(stream=stream)
+    progress.on_experiment_start(LogContext(tmp_path))
+    progress.on_alert(ctx, "upload", "failed: https://me:hunter2@host/x\x1b[2J", "warning")
+    assert stream.getvalue().startswith("a  WARNING  upload  failed: https://")
+    assert "hunter2" not in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()

@@ -5,11 +5,19 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
+import pynvml
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evsys_adapters import CsvMetricsCallback, SystemMetricsCallback
-from evsys_adapters.system_metrics import Machine, SystemMetrics
+from evsys_adapters import (
+    CsvMetricsCallback,
+    SystemMetricsCallback,
+    TensorBoardLoggerCallback,
+    WandbLoggerCallback,
+)
+from evsys_adapters.system_metrics import Machine, SystemMetrics, open_nvml
 from evsys_bus import (
     Callback,
     EventBus,
@@ -27,6 +35,7 @@ from evsys_bus.context import ArmResult, LoopArtifacts
 from evsys_bus.errors import ConfigError
 from evsys_bus.journal import JournalReader, verify
 from evsys_bus.testing import RecordingSink, conformance
+from support import wandb_server as wandb
 from support.couriers import counted, deliver
 
 THREAD = "evsys-bus:system_metrics"
@@ -64,7 +73,7 @@ def train(bus, folder, *, steps=3, samples_at=(), journal=None):
 
 
 def test_the_machine_and_the_process_are_sampled(tmp_path):
-    machine = Machine(gpus=False)
+    machine = Machine()
     until = time.monotonic() + 0.1
     while time.monotonic() < until:  # so that percentages have something to count
         pass
@@ -78,11 +87,54 @@ def test_the_machine_and_the_process_are_sampled(tmp_path):
     machine.close()
 
 
-def test_without_a_gpu_nothing_of_gpus_is_sampled_and_nothing_fails(tmp_path):
-    machine = Machine(gpus=True)
+def test_a_machine_with_or_without_gpus_is_sampled():
+    machine = Machine(open_nvml())
     assert all(isinstance(each, float) for each in machine.sample().values())
     machine.close()
     machine.close()
+
+
+class TwoGpus:
+    """NVML of a machine with two GPUs, whose second one has no power sensor."""
+
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    NVMLError = pynvml.NVMLError
+    is_open = True
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, gpu):
+        return SimpleNamespace(gpu=50 + gpu, memory=1)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(total=200, used=50, free=150)
+
+    def nvmlDeviceGetTemperature(self, gpu, sensor):
+        return 60
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        if gpu:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 250_500
+
+    def nvmlShutdown(self):
+        self.is_open = False
+
+
+def test_gpus_are_sampled_and_what_one_lacks_is_left_out():
+    nvml = TwoGpus()
+    assert all(hasattr(pynvml, name) for name in vars(TwoGpus) if name.startswith("nvml"))
+    machine = Machine(nvml)
+    gpus = {name: value for name, value in machine.sample().items() if name.startswith("gpu/")}
+    each = {"memory_percent": 25.0, "memory_used_bytes": 50.0, "celsius": 60.0}
+    expected = {f"gpu/{index}/{name}": value for index in (0, 1) for name, value in each.items()}
+    assert gpus == expected | {"gpu/0/percent": 50.0, "gpu/1/percent": 51.0, "gpu/0/watts": 250.5}
+    machine.close()
+    assert not nvml.is_open
 
 
 async def test_samples_reach_other_adapters_with_time_and_step_and_are_no_training_rows(tmp_path, journal):
@@ -125,6 +177,28 @@ async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
     assert samples(journal)
     await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+async def test_dashboards_show_the_samples_apart_from_the_training(tmp_path, journal, kind):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1, 2], journal=journal)
+    logger = TensorBoardLoggerCallback() if kind == "tensorboard" else WandbLoggerCallback("p", mode="offline")
+    assert counted(await deliver(journal, logger))[1:] == (0, 0)
+    if kind == "tensorboard":
+        found = EventAccumulator(str(tmp_path / "tensorboard" / "ppo"), size_guidance={"scalars": 0})
+        found.Reload()
+        loss, memory = (found.Scalars(tag) for tag in ("train/loss", "system/memory/percent"))
+        assert [each.step for each in loss] == [0, 1, 2]
+        steps, values = [each.step for each in memory], [each.value for each in memory]
+    else:
+        [file] = wandb.wandb_files_of(tmp_path)
+        rows = wandb.rows_in(file)
+        assert wandb.metric_series(rows, "train")["loss"] == [(0, 1.0), (1, 1.0), (2, 1.0)]
+        series = wandb.metric_series(rows, "system")["memory/percent"]
+        steps, values = [step for step, _ in series], [value for _, value in series]
+    assert {1, 2} <= set(steps)
+    assert all(value > 0 for value in values)
 
 
 def test_the_thread_runs_while_a_run_is_open_and_ends_with_it(tmp_path, journal):

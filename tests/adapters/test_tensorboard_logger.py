@@ -417,7 +417,8 @@ def test_a_clock_that_is_given_dates_the_rows(run):
     run.step(1, loss=1.0)
     run.end()
     times = wall_times(run.folder)
-    assert [each for (tag, _), each in sorted(times.items()) if tag == "train/loss"] == [102.0, 103.0]
+    # Before them: hypothesis, configuration, hyperparameters.
+    assert [each for (tag, _), each in sorted(times.items()) if tag == "train/loss"] == [103.0, 104.0]
 
 
 def test_a_key_with_a_prefix_is_its_own_tag_and_no_two_keys_share_one(run):

@@ -26,7 +26,7 @@ from evsys_bus import (
 )
 from evsys_bus.context import LoopArtifacts
 from evsys_bus.errors import ConfigError, ParkedError
-from evsys_bus.events import declared_events
+from evsys_bus.events import Alert, Summary
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
 from support.journals import read_envelopes
@@ -91,10 +91,6 @@ def receiver():
     server.stop()
 
 
-def alert(ctx, title, text="", level="warning"):
-    return declared_events()["alert"](ctx, title, text, level)
-
-
 def failing_run(folder, *, error="CUDA out of memory at https://user:hunter2@host/x"):
     """The events of a run that fails in its second step."""
     ctx = LogContext(folder, config={"lr": 1}).for_run("ppo")
@@ -126,6 +122,16 @@ def test_a_failed_run_is_posted_with_its_error_duration_and_last_metrics(receive
     assert receiver.ids == [body["id"]]
 
 
+async def test_what_the_run_has_set_as_its_summary_is_posted_at_its_end(receiver, tmp_path, journal):
+    events = [*failing_run(tmp_path)]
+    summary = Summary(events[0].ctx, {"best": 0.25, "api_key": "secret-4"})
+    record(journal, [*events[:-2], summary, *events[-2:]])
+    await deliver(journal, WebhookSink(receiver.url))
+    [body] = receiver.bodies
+    assert body["metrics"]["summary/best"] == 0.25
+    assert "secret-4" not in json.dumps(body)
+
+
 async def test_a_loop_without_a_run_start_is_posted_at_its_train_end(receiver, tmp_path, journal):
     state = LoopState(0, 10, tmp_path / "loop")
     record(
@@ -144,7 +150,7 @@ async def test_run_starts_are_posted_on_request(receiver, tmp_path, journal):
 
 async def test_alerts_are_posted_from_their_minimum_level_on(receiver, tmp_path, journal):
     ctx = LogContext(tmp_path).for_run("ppo")
-    record(journal, [alert(ctx, "fine", level="info"), alert(ctx, "KL is 12", "see step 9", "error")])
+    record(journal, [Alert(ctx, "fine", level="info"), Alert(ctx, "KL is 12", "see step 9", "error")])
     await deliver(journal, WebhookSink(receiver.url, min_level="warning"))
     [body] = receiver.bodies
     assert (body["run"], body["level"], body["title"], body["text"]) == ("ppo", "error", "KL is 12", "see step 9")

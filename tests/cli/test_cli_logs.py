@@ -11,7 +11,7 @@ import pytest
 
 from evsys_bus.cli.output.screen import wrap
 from evsys_bus.journal import JournalWriter
-from support.programs import command_in
+from support.programs import command_in, run_evsys_bus, run_python
 
 
 @pytest.fixture
@@ -142,3 +142,13 @@ def test_text_is_wrapped_at_words_and_a_command_stays_whole(width):
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())
     assert any(line.strip() == "evsys-bus sync /data/runs/a/journal" for line in lines) or width == 60
     assert all(len(line) <= width or "evsys-bus" in line for line in lines)
+
+
+def test_the_output_of_a_run_is_shown_with_all(tmp_path):
+    opening = f"with evsys_bus.run({str(tmp_path / 'a')!r}, environment=False):"
+    source = f"import evsys_bus\n{opening}\n    print('one')\n    print('two')"
+    run_python(source)
+    assert "one" not in run_evsys_bus("logs", tmp_path / "a").stdout
+    shown = run_evsys_bus("logs", tmp_path / "a", "--all").stdout
+    assert "output" in shown
+    assert "a   one\n  two\n" in shown

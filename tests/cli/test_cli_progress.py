@@ -27,10 +27,11 @@ from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import ProblemMonitor
 from evsys_bus.cli.output.errors import show_warnings
 from evsys_bus.cli.output.formatting import format_duration, format_mean_sd, format_number
-from evsys_bus.cli.output.live import arm_rows, choose_metrics, render
+from evsys_bus.cli.output.live import LiveView, arm_rows, choose_metrics, render, render_alert
 from evsys_bus.cli.output.progress import LineView, format_json, format_plain
 from evsys_bus.cli.output.run_state import MAX_PENDING_UPDATES, DrainStatus, PlannedRun, RunStateTracker
 from evsys_bus.cli.output.screen import Screen
+from evsys_bus.cli.output.transfers import no_uploads
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.delivery.status_files import write_status
 from evsys_bus.diagnostics import log
@@ -423,3 +424,36 @@ def test_while_a_run_goes_on_the_table_has_what_a_person_must_do_for_a_delivery(
         assert "wandb 7 owed no key is set for api.wandb.ai fix: wandb login" in text
     else:
         assert "2 more with problems: evsys-bus status" in text
+
+
+def test_an_alert_is_a_line_of_its_own_without_credentials(tmp_path, clock):
+    board, stream = RunStateTracker([], clock=clock), io.StringIO()
+    ctx = LogContext(tmp_path, run_key="a")
+    board.on_alert(ctx, "loss is NaN", "see https://me:hunter2@host/x", "error")
+    LineView(board, stream, format_plain).close()
+    [line] = stream.getvalue().splitlines()
+    assert 'event=alert run=a level=error title="loss is NaN"' in line
+    assert "hunter2" not in line
+    shown = render_alert(board.alerts.popleft())
+    assert shown.plain.startswith("a  ERROR  loss is NaN  see https://")
+    assert "hunter2" not in shown.plain
+    assert str(shown.style) == "red"
+
+
+def test_the_live_view_prints_an_alert_above_its_table(tmp_path, clock, monkeypatch):
+    stream = io.StringIO()
+    board = RunStateTracker([], clock=clock)
+    view = LiveView(
+        board,
+        stream,
+        title="trial",
+        success_metric=None,
+        color=True,
+        poll_uploads=no_uploads,
+        poll_problems=list,
+    )
+    board.on_alert(LogContext(tmp_path, run_key="a"), "loss is NaN", "look", "warning")
+    view.tick()
+    view.close()
+    assert stream.getvalue().count("a  WARNING  loss is NaN  look") == 1
+    assert not board.alerts

@@ -452,3 +452,24 @@ async def test_code_inside_a_training_loop_logs_to_its_run(tmp_path):
         merged.setdefault(step, {}).update(metrics)
     assert {step: (row["inside"], row["late"]) for step, row in merged.items()} == dict.fromkeys(range(3), (2.0, 1.0))
     assert all("inside" in metrics or metrics == {"late": 1.0} for _, metrics in rows.rows)
+
+
+@pytest.mark.parametrize("placement", ["inline", "follow"])
+def test_the_row_that_a_kill_left_open_reaches_each_callback_of_the_next_process_once(tmp_path, placement):
+    source = f"""
+import os, signal, sys, evsys_bus
+csv = {{"out_path": {str(tmp_path / "rows.csv")!r}}}
+specs = [{{"kind": "csv_metrics", "params": csv, "placement": {placement!r}}}]
+kill = sys.argv[1] == "kill"
+first = None if kill else 5
+with evsys_bus.run({str(tmp_path / "a")!r}, callbacks=evsys_bus.build_callbacks(specs), first_step=first,
+                   environment=False, output=False) as run:
+    for step in range(0 if kill else 5, 8):
+        run.log({{"a": float(step)}}, step=step)
+        run.log({{"b": float(step)}}, step=step)
+        if kill and step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", source, "kill"], timeout=60, check=False).returncode == -signal.SIGKILL
+    subprocess.run([sys.executable, "-c", source, "go on"], timeout=60, check=True)
+    assert csv_rows(tmp_path) == [f"{step},{float(step)},{float(step)}" for step in range(8)]

@@ -92,6 +92,7 @@ def test_R13_a_side_eval_comes_back_as_an_eval_of_its_own_step(tmp_path):
         ("README.md", 2),
         ("docs/callbacks.md", 6),
         ("docs/checkpoints.md", 1),
+        ("docs/content.md", 1),
         ("docs/delivery.md", 1),
         ("docs/destinations.md", 1),
         ("docs/embedding.md", 6),

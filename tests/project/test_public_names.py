@@ -26,8 +26,8 @@ KINDS = {
     "tensorboard_logger": ("TensorBoardLoggerCallback", {"log_dir": None, "flush_secs": 30}, {}),
     "wandb_logger": (
         "WandbLoggerCallback",
-        {"entity": None, "name": None, "mode": "online", "log_every": 1, "max_pred_rows": 100},
-        {"project": "p"},
+        {"project": None, "entity": None, "name": None, "mode": "online", "log_every": 1, "max_pred_rows": 100},
+        {},
     ),
 }
 

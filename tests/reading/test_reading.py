@@ -7,6 +7,7 @@ import sys
 from datetime import UTC, datetime
 from operator import methodcaller
 
+import msgspec
 import pytest
 
 import evsys_bus
@@ -29,7 +30,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.context import LoopArtifacts
-from evsys_bus.journal import frame
+from evsys_bus.journal import JournalWriter, frame
 from evsys_bus.reading import better_mode, flatten_config
 from support import TESTS
 from support.recorded_runs import KILLED, record_run
@@ -392,6 +393,35 @@ def test_a_long_run_needs_little_memory(tmp_path):
 
 def test_a_run_that_was_moved_is_in_its_new_folder(tmp_path):
     record_run(tmp_path / "runs" / "ppo")
-    shutil.move(tmp_path / "runs" / "ppo", tmp_path / "elsewhere")
-    run = evsys_bus.read(tmp_path / "elsewhere")
-    assert (run.id, run.directory) == ("ppo", tmp_path / "elsewhere" / "journal")
+    shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
+    run = evsys_bus.read(tmp_path / "elsewhere" / "ppo")
+    folder = tmp_path / "elsewhere" / "ppo"
+    assert (run.id, run.folder, run.directory) == ("ppo", folder, folder / "journal")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"state": {"output_dir": ["a"], "run": {}, "root": 3}},
+        {"step_idx": 2**63 + 5},
+        {"step_idx": "3"},
+        {"metrics": [1, 2]},
+        {"metrics": {"loss": [1.0]}},
+        {"state": 7},
+        {"state": {"context": {"run_config": [1], "extras": "x", "output_dir": b"\xff"}}},
+        {"type": "run.alert", "title": 3},
+        {"type": "run.config_update", "config": 5},
+        {"type": "run_end", "run_result": [], "arm": 1},
+        {"type": "train_start", "state": {"step": "x"}},
+    ],
+)
+def test_a_record_with_values_of_other_types_costs_no_other_row(tmp_path, odd):
+    folder = record_run(tmp_path / "run")
+    writer = JournalWriter(folder / "journal").open()
+    step = {"type": "step_end", "state": {"step": 0, "output_dir": str(folder)}, "step_idx": 9, "batch": {}}
+    for event in ({**step, "metrics": {"loss": 0.5}} | odd, {**step, "metrics": {"loss": 0.25}}):
+        head = {"stream": writer.stream, "seq": writer.next_sequence, "time": 1.0, "run": "run", "event": event}
+        writer.append(msgspec.msgpack.encode(head))
+    writer.close()
+    [run] = evsys_bus.read_runs(folder)
+    assert values(run, "loss").items() >= {0: 3.0, 1: 1.0, 2: 2.0, 9: 0.25}.items()

@@ -23,7 +23,7 @@ def call(callback, events):
 
 
 def test_a_recording_callback_keeps_every_event_as_it_was_published(tmp_path):
-    callback, events = RecordingCallback(), [*Timeline(tmp_path).all_events()]
+    callback, events = RecordingCallback(), [*Timeline(tmp_path).all_events(facts=True)]
     call(callback, events)
     assert callback.events == events
     assert {event.__name__ for event in declared_events().values() if event.__module__ == "evsys_bus.events"} == {

@@ -228,12 +228,14 @@ async def test_R3_a_raising_hook_changes_nothing_for_the_loop(tmp_path, caplog):
     assert "hook.failed" in caplog.text
 
 
-async def test_empty_batches_are_skipped_said_and_counted_and_what_is_due_still_happens(tmp_path, caplog):
+async def test_empty_batches_are_skipped_and_said_once_with_their_count_and_what_is_due_still_happens(tmp_path, caplog):
     loop, recorder, _ = await train(tmp_path, batches=ToyBatches(empty=(1, 2)), save_every=2)
     assert [fact for fact in recorder.seen if fact[0] == "step_end"] == [("step_end", 0), ("step_end", 3)]
     assert ("checkpoint", "step-000001", 1) in recorder.seen
     assert loop.skipped_steps == 2
-    assert {each.levelname for each in caplog.records if each.message.startswith("step.skipped")} == {"WARNING"}
+    [said] = [each for each in caplog.records if each.message.startswith("step.skipped")]
+    assert said.levelname == "WARNING"
+    assert "count=2" in said.message
     assert [row["step"] for row in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 3]
 
 

@@ -101,5 +101,5 @@ async def test_a_callback_that_spawns_failing_tasks_and_asks_for_what_is_not_the
 
 def test_the_disturbing_callback_has_every_hook():
     callback = in_every_hook(lambda *_: None)
-    assert len(SHIPPED) == 11
+    assert len(SHIPPED) == 20
     assert all(issubclass(event, Event) and find_hook(callback, event) for event in SHIPPED)

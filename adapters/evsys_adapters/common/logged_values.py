@@ -19,17 +19,18 @@ _COLUMNS: Final = ("task_id", "instruction", "expected", "output", "reward", "me
 
 
 class Table(NamedTuple):
-    """A table of predictions."""
+    """A table of predictions, or of a run's content."""
 
     columns: list[str]
     rows: list[list[Any]]
     total: int
-    """Number of predictions before the limit."""
+    """Number of rows before the limit."""
+    unit: str = "predictions"
 
     @property
     def caption(self) -> str:
-        """How many of the predictions are shown."""
-        return f"{len(self.rows)} of {self.total} predictions"
+        """How many of the rows are shown."""
+        return f"{len(self.rows)} of {self.total} {self.unit}"
 
 
 def prefixed(stream: str, key: str) -> str:

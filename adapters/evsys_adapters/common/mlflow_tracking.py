@@ -20,6 +20,7 @@ import posixpath
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -47,8 +48,15 @@ _REFUSING: Final = frozenset(
         *("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_LIMIT_EXCEEDED"),
     }
 )
+_CODES: Final[dict[int, str]] = {
+    HTTPStatus.UNAUTHORIZED: "UNAUTHENTICATED",
+    HTTPStatus.FORBIDDEN: "PERMISSION_DENIED",
+    HTTPStatus.BAD_REQUEST: "BAD_REQUEST",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "BAD_REQUEST",
+}
+"""MLflow's codes for what a server of artifacts answers."""
 _PROCESS_SETTINGS: Final = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the courier retries; 7, the default, take minutes and show no error
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the courier retries; 7, the default, take minutes and show no error
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # whether usage data is sent is for the program to decide
 }
@@ -285,7 +293,11 @@ class TrackingClient:
             fix = "pip install mlflow (the extra has the client for servers; a database needs sqlalchemy and alembic)"
             raise ParkedError(f"{self.host} needs the package {error.name}", fix=fix) from error
         except self._errors as error:
-            code = str(getattr(error, "error_code", ""))
+            cause = error.__context__
+            status = _http_status(error) or _http_status(cause)
+            if isinstance(cause, OSError) and not status:
+                raise RetryLaterError(f"{self.host} cannot be reached: {type(cause).__name__}") from None
+            code = str(getattr(error, "error_code", _CODES.get(status, "")))
             shown = cut(redact_text(" ".join(str(error).split())), _MAX_SHOWN)
             what = f"{self.host}: {type(error).__name__}: {shown}"
             if code in _PARKING:
@@ -294,6 +306,13 @@ class TrackingClient:
             if code in _REFUSING:
                 raise TrackingRefusedError(what, code) from None
             raise RetryLaterError(what) from None
+
+
+def _http_status(error: BaseException | None) -> int:
+    """Return the status of the response in an error of requests, as artifacts are sent by it; 0 if there is none."""
+    response: object = getattr(error, "response", None)
+    status: object = getattr(response, "status_code", 0)
+    return status if isinstance(status, int) else 0
 
 
 def finite_or_nan(value: float) -> float:

@@ -1,6 +1,7 @@
 """Printing lines to stdout: works with any stream, and escapes control characters."""
 
 import errno
+import os
 import sys
 from typing import Final, TextIO
 
@@ -13,6 +14,9 @@ _CLOSED_STREAM_ERRORS: Final = frozenset(
 
 _MAX_TEXT: Final = 40
 """Maximum number of characters of a name or a value."""
+_MAX_ALERT: Final = 500
+_COLORS: Final = {"info": "36", "warning": "33", "error": "31"}
+"""Codes of the colours of alerts: cyan, yellow, red."""
 
 
 class LinePrinter:
@@ -29,13 +33,19 @@ class LinePrinter:
         self._closed: TextIO | None = None
         self._faults = FaultLog()
 
-    def print(self, line: str) -> None:
-        """Print one line; characters that are not printable, or not in the stream's encoding, are escaped."""
+    def print(self, line: str, *, level: str | None = None) -> None:
+        """Print one line; characters that are not printable, or not in the stream's encoding, are escaped.
+
+        With the level of an alert, a terminal shows the line in its colour unless ``NO_COLOR`` is set.
+        """
         stream = sys.stdout if self._stream is None else self._stream
         if stream is None or stream is self._closed:  # pyright: ignore[reportUnnecessaryComparison] # pythonw has none
             return
         try:
-            _write(stream, f"{printable(line)}\n")
+            text = printable(line)
+            if level in _COLORS and stream.isatty() and not os.environ.get("NO_COLOR"):
+                text = f"\x1b[{_COLORS[level]}m{text}\x1b[0m"
+            _write(stream, f"{text}\n")
         except (OSError, ValueError) as error:  # ValueError: a closed file
             if isinstance(error, OSError) and error.errno not in _CLOSED_STREAM_ERRORS:
                 self._faults.warn("print.failed", error.errno, error=error)
@@ -51,6 +61,12 @@ class LinePrinter:
 def step_label(step: int, num_steps: int | None) -> str:
     """Return ``step 12/300``, or ``step 12`` if the number of steps is unknown; ``step`` is 0-based."""
     return f"step {step + 1}" if num_steps is None else f"step {step + 1}/{num_steps}"
+
+
+def alert_line(level: object, title: object, text: object) -> str:
+    """Return an alert as one line; a text may be long."""
+    words = " ".join(f"{title}  {text}".split("\n")).strip()
+    return f"{str(level).upper()}  {words if len(words) <= _MAX_ALERT else f'{words[: _MAX_ALERT - 1]}…'}"
 
 
 def one_line(value: object) -> str:

@@ -142,6 +142,8 @@ class Run:
     """The server's IDs of the newest evals."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
     """Number of values of each metric that JSON cannot represent."""
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Values of the run as a whole, sent at its end."""
     refused: str | None = None
     made_here: bool = False
     """Whether this process has created it, and so knows all its objects."""

@@ -3,7 +3,7 @@
     ExperimentStart    create_experiment                RunStart        create_run (after create_group, if needed)
     GroupStart         create_group                     StepEnd, Eval   log_metrics, one per row
     Checkpoint         add_checkpoint                   BenchmarkEval   create_eval, then add_prediction, one per row
-    RunEnd             update_run                       ExperimentEnd   update_experiment
+    RunEnd             update_run, with the summary     ExperimentEnd   update_experiment
 
 Rows are grouped like in EvSys' own client: those of steps until there are ``flush_every``, those of evals until the
 next step; at the end of a batch all are sent. Several requests run concurrently, without overtaking each other.
@@ -23,6 +23,7 @@ import anyio
 
 from evsys_adapters.common.hook_arguments import field as field_of
 from evsys_adapters.common.hook_arguments import list_or_empty, run_id, step_of
+from evsys_adapters.common.logged_values import values_of
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import MAX_EVAL_IDS, MAX_NAMES, PendingEval, Run, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
@@ -59,6 +60,7 @@ from evsys_bus.events import (
     RunEnd,
     RunStart,
     StepEnd,
+    Summary,
     TrainEnd,
     TrainStart,
 )
@@ -126,6 +128,7 @@ class EvsysSink(Sink):
             Checkpoint: self._on_checkpoint,
             BenchmarkEval: self._on_benchmark_eval,
             TrainEnd: self._on_train_end,
+            Summary: self._on_summary,
             RunEnd: self._on_run_end,
             ExperimentEnd: self._on_experiment_end,
         }
@@ -381,6 +384,12 @@ class EvsysSink(Sink):
             stopped = getattr(event.state, "stop_reason", None) == "cancelled"
             await self._end_run(run, "failed" if error else "cancelled" if stopped else "completed", error)
 
+    async def _on_summary(self, event: Summary, envelope: Envelope) -> None:
+        run = await self._run_of(event.ctx, envelope)
+        left_out: list[str] = []
+        run.summary |= without_nonfinite(values_of(event.values), left_out)
+        self._warn_left_out(run, [f"summary/{each}" for each in left_out])
+
     async def _on_run_end(self, event: RunEnd, envelope: Envelope) -> None:
         run = await self._run_of(event.ctx, envelope)
         status, error = (field_of(event.run_result, name) or field_of(event.arm, name) for name in ("status", "error"))
@@ -402,8 +411,8 @@ class EvsysSink(Sink):
         patch: Args = {"status": _text(status)}
         if error:
             patch["error_message"] = str(error)
-        if run.left_out:
-            patch["summary"] = {LEFT_OUT: dict(run.left_out)}
+        if run.left_out or run.summary:
+            patch["summary"] = run.summary | ({LEFT_OUT: dict(run.left_out)} if run.left_out else {})
         await self._call("update_run", {"run_id": run.id, "patch": patch})
         run.ended = True
         self._contexts.pop(run.path, None)

@@ -5,7 +5,7 @@ conclusion are the user's own Markdown and are inserted unchanged.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -28,8 +28,15 @@ def hypothesis_of(config: object) -> str | None:
     return str(hypothesis) if hypothesis else None
 
 
-def conclusion_page(result: object, run: str, run_result: object, arm: object) -> str:
-    """Return the page with the outcome of the experiment and of this run."""
+def conclusion_page(
+    result: object,
+    run: str,
+    run_result: object,
+    arm: object,
+    summary: Mapping[str, Any] | None = None,
+    config_updates: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the page with the outcome of the experiment and of this run, and what was set during the run."""
     status = field(arm, "status") or field(run_result, "status")
     error = field(arm, "error") or field(run_result, "error")
     metrics = fields(field(run_result, "metrics")) | fields(field(arm, "metrics")) | fields(field(arm, "eval_metrics"))
@@ -39,9 +46,15 @@ def conclusion_page(result: object, run: str, run_result: object, arm: object) -
         f"- this run: {_cell(run)}" + (f" ({_cell(status)})" if status else ""),
         *([f"- error: {_cell(error)}"] if error else []),
     ]
-    table = _table(["metric", "value"], [[_cell(name), number(value)] for name, value in metrics.items()])
     return _page(
-        "# Conclusion", _text_or_default(field(result, "conclusion")), "\n".join(facts), table if metrics else ""
+        "# Conclusion",
+        _text_or_default(field(result, "conclusion")),
+        "\n".join(facts),
+        _values(metrics, "metric"),
+        "## Summary" if summary else "",
+        _values(summary or {}, "name"),
+        "## Changes of the configuration" if config_updates else "",
+        _values(config_updates or {}, "key"),
     )
 
 
@@ -68,6 +81,11 @@ def number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     return "" if value is None else _cell(value)
+
+
+def _values(values: Mapping[str, Any], head: str) -> str:
+    rows = [[_cell(name), number(value)] for name, value in values.items()]
+    return _table([head, "value"], rows) if rows else ""
 
 
 def _arms(runs: Iterable[object], best: object) -> str:
@@ -123,8 +141,8 @@ def _folder(run: object, root: Path, ended: EndedRuns) -> Path | None:
 
 
 def _metrics(run: object) -> dict[str, Any]:
-    """Return the eval metrics of a run, or else its training metrics."""
-    return fields(field(run, "eval_metrics")) or fields(field(run, "metrics"))
+    """Return the eval metrics of a run, or else its training metrics, and the summary of an open one."""
+    return (fields(field(run, "eval_metrics")) or fields(field(run, "metrics"))) | fields(field(run, "summary"))
 
 
 def _main_metrics(runs: Iterable[object]) -> list[str]:

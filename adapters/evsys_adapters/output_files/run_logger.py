@@ -2,9 +2,10 @@
 
     hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
 
-The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
-A note beside the file records which events it has the rows of (`evsys_adapters.output_files.output_positions`);
-without one, as beside files of 0.1.0, rows that may be delivered again are compared with the existing ones.
+The streams are ``train``, ``eval/<name>`` and ``system``. Subclasses define how a row is encoded and what else is
+logged of a run. A note beside the file records which events it has the rows of
+(`evsys_adapters.output_files.output_positions`); without one, as beside files of 0.1.0, rows that may be delivered
+again are compared with the existing ones.
 """
 
 import threading
@@ -27,14 +28,17 @@ from evsys_adapters.common.hook_arguments import (
     run_id,
     step_of,
 )
+from evsys_adapters.common.logged_content import Content
 from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters.output_files.output_lease import has_courier
 from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
 from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.output_files.step_tracker import StepTracker
+from evsys_adapters.system_metrics import SystemMetrics
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -46,6 +50,8 @@ from evsys_bus.context import (
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
 
+SYSTEM: Final = SystemMetrics.hook.removeprefix("on_").removesuffix("_metrics")
+"""Stream of the samples of the machine."""
 UNKNOWN_STEP: Final = 1 << 62
 """Larger than any step."""
 
@@ -71,6 +77,9 @@ class LoggedRunState(
     unconfirmed_keys: list[int] = []
     """Keys of rows that were not in the file when they were delivered; a repeated start may show that they are void."""
 
+    stepless: dict[str, tuple[int, str]] = {}
+    """The newest artifact of each name, which a resumed program stores again: its step and digest."""
+
     def record_step(self, step: int) -> bool:
         """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
         is_late = self.last_step is not None and step < self.last_step
@@ -92,6 +101,11 @@ class LoggedRunState(
         self.largest_step = max(self.largest_step, step)
         return changed
 
+    def record_content(self, step: int) -> None:
+        """Record that something other than a row of metrics was logged at a step."""
+        self.needs_reorder = self.needs_reorder or (self.last_step is not None and step < self.last_step)
+        self.largest_step = max(self.largest_step, step)
+
     def void_from(self, first_step: int) -> bool:
         """Training starts at this step; returns whether that voids rows in the file."""
         self.last_step = first_step - 1 if first_step > 0 else None
@@ -99,6 +113,7 @@ class LoggedRunState(
             return False
         self.largest_step = first_step - 1
         self.evals = {name: entry for name, entry in self.evals.items() if entry[0] < first_step}
+        self.stepless = {name: entry for name, entry in self.stepless.items() if entry[0] < first_step}
         self.described = False
         return True
 
@@ -108,6 +123,7 @@ StateT = TypeVar("StateT", bound=LoggedRunState)
 
 _MAX_UNCONFIRMED_KEYS: Final = 10_000
 """Every mark carries them."""
+_MAX_STEPLESS: Final = 1_000
 
 
 class LoggedRun(Generic[StateT]):
@@ -182,6 +198,17 @@ class LoggedRun(Generic[StateT]):
             if new_values:
                 self._write(stream, step, new_values)
 
+    def add_sample(self, step: int, values: object) -> None:
+        """Log a sample of the machine; it is no row of the training, and voids none.
+
+        It is left out while delivered rows are compared with existing ones: its time shows nothing about theirs,
+        because samples are delivered in no order with them.
+        """
+        with self.lock:
+            if self.notes.tracker.position_unknown and (self._load_recorded_keys() or self._may_repeat()):
+                return
+            self._write(SYSTEM, step, values_of(values))
+
     def add_benchmark(self, step: int | None, result: object, predictions: object, max_predictions: int) -> None:
         """Log a benchmark with up to ``max_predictions`` predictions; one without a step was scored after training."""
         name = str(field(result, "name") or "benchmark")
@@ -195,6 +222,34 @@ class LoggedRun(Generic[StateT]):
         breakdowns = field(result, "breakdowns")
         if breakdowns:
             self._write_attachment(step, head, "breakdowns", breakdowns)
+
+    def add_content(self, step: int | None, content: Content, state_step: int | None) -> None:
+        """Log a content; one without a step is logged at the current step, unless it was logged before."""
+        with self.lock:
+            at_step = max(self.notes.last_step or 0, state_step or 0) if step is None else step
+            name = f"{content.kind}/{content.name}"
+            if step is None and content.digest:
+                if self.notes.stepless.get(name, (0, ""))[1] == content.digest:
+                    return
+                self.notes.stepless.pop(name, None)
+                if len(self.notes.stepless) >= _MAX_STEPLESS:
+                    del self.notes.stepless[next(iter(self.notes.stepless))]
+                self.notes.stepless[name] = (at_step, content.digest)
+            self.notes.record_content(at_step)
+            self._write_content(at_step, content)
+
+    def add_epoch(self, epoch: int, step: int | None, metrics: object) -> None:
+        """Log an epoch's metrics at the step after which it ended; epochs that are run again are void like its rows."""
+        with self.lock:
+            at_step = max(self.notes.last_step or 0, step or 0)
+            self.notes.record_content(at_step)
+            values = values_of(metrics)
+            self._write("epoch", at_step, values if "epoch" in values else {"epoch": epoch, **values})
+
+    def add_summary(self, values: object) -> None:
+        """Log values of the run as a whole."""
+        with self.lock:
+            self._write_final_scores("summary", values_of(values))
 
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
@@ -216,18 +271,23 @@ class LoggedRun(Generic[StateT]):
         tracker = self.notes.tracker
         if not tracker.position_unknown:
             return False
-        if self._recorded_keys is None:
-            try:
-                existing_keys, self._newest_time = self._existing_rows()
-                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
-            except OSError as error:
-                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        self._load_recorded_keys()
         if self.event_time > self._newest_time:  # everything from here on is new
             if tracker.pending_start is not None:
                 self._apply_start(tracker.pending_start)
             tracker.position_unknown, self._recorded_keys = False, None
             self.notes.unconfirmed_keys = []
         return tracker.position_unknown
+
+    def _load_recorded_keys(self) -> AbstractSet[int]:
+        """Return the keys of the rows that were in the file before any was delivered."""
+        if self._recorded_keys is None:
+            try:
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
+            except OSError as error:
+                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        return self._recorded_keys
 
     def _resolve_pending_start(self, *, is_logged: bool) -> None:
         """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
@@ -267,6 +327,18 @@ class LoggedRun(Generic[StateT]):
 
     def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
         """Log what a benchmark has besides numbers."""
+        raise NotImplementedError
+
+    def _write_content(self, step: int, content: Content) -> None:
+        """Log a text, image, table or the like."""
+        raise NotImplementedError
+
+    def add_alert(self, title: str, text: str, level: str) -> None:
+        """Log an alert."""
+        raise NotImplementedError
+
+    def add_config(self, changed: Mapping[str, Any], ctx: object) -> None:
+        """Log changed keys of the configuration, none if tags, notes or axes of the context have changed."""
         raise NotImplementedError
 
     def _void_from(self, first_step: int) -> None:
@@ -346,6 +418,39 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         known = None if at is None else step_of(at)
         run = self._run(ctx)
         self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
+
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+        """Log the epoch's metrics."""
+        run = self._run(state)
+        self._once(run, lambda: run.add_epoch(step_of(epoch), first_step_of(state), metrics))
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Log a text, image, table or the like."""
+        run = self._run(state)
+        step = None if step_idx is None else step_of(step_idx)
+        self._once(run, lambda: run.add_content(step, Content(state, item), first_step_of(state)))
+
+    def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
+        """Log values of the run as a whole."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_summary(values))
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Log what has changed in the run's configuration."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_config(config, ctx))
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Log an alert."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_alert(title, text, level))
+
+    def on_system_metrics(self, ctx: LogContext, values: dict[str, float], step: int | None) -> None:
+        """Log a sample of the machine; it is left out before the run's own start, which describes the run."""
+        run = self._runs.get(self._key(ctx))
+        if run is not None:
+            run.event_time = self.event.time
+            run.add_sample(0 if step is None else step_of(step), values)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Bring the file into order and close it."""

@@ -3,6 +3,10 @@
     <run>/logs/training/metrics.jsonl                        one row per step, in order of arrival
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
+    <run>/logs/training/epochs.jsonl, rollouts.jsonl         one row per epoch; one per trajectory of a step
+    <run>/logs/content.jsonl                                 one row per text, image, table or the like
+    <run>/logs/alerts.jsonl                                  one row per alert
+    <run>/data/training_data.jsonl                           the examples as they are rendered for training
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
     <run>/logs/.run                                          the owner, see `evsys_adapters.output_files.output_lease`
 
@@ -27,6 +31,7 @@ from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
 SPLITS: Final[tuple[Split, ...]] = ("validation", "test")
+OtherKind = Literal["epochs", "rollouts", "content"]
 Row = Mapping[str, Any]
 
 
@@ -64,7 +69,7 @@ class StepRows:
 
     def __init__(self, acquire_folder: Callable[[], Path], path: Path, savepoints: Savepoints) -> None:
         self._acquire_folder = acquire_folder
-        self.name = Path(path.parent.name, path.name)
+        self._name = Path(path.parent.name, path.name)
         self._savepoints = savepoints
         self._open_file: AppendFile | None = None
         self.backlog = Backlog(str(path))
@@ -88,10 +93,14 @@ class StepRows:
         if self._open_file is not None:
             self._open_file.close()
 
+    def path_in(self, logs: Path) -> Path:
+        """Return the path of the file, given the folder ``logs``."""
+        return logs / self._name
+
     @property
     def _file(self) -> AppendFile:
         """The open file; raises OSError if its folder cannot be determined now."""
-        path = self._acquire_folder() / self.name
+        path = self.path_in(self._acquire_folder())
         if self._open_file is None or self._open_file.path != path:
             self._open_file = AppendFile(path, self._savepoints)
             self.forget_contents()
@@ -110,6 +119,50 @@ class StepRows:
             return number < keep_until or key.step is None or key.step < first_step or key in except_keys
 
         keep_lines(self._file, should_keep)
+
+
+class OtherRows(StepRows):
+    """A file of rows beside those of metrics, such as those of content; their steps may be null."""
+
+    def add_lines(self, lines: bytes, *, may_repeat: bool) -> None:
+        """Add rows, given as lines; those that may be delivered again only if they are not in the file."""
+
+        def write() -> None:
+            existing = set(self._file.lines()) if may_repeat else set[bytes]()
+            added = b"".join(line for line in lines.splitlines(keepends=True) if line not in existing)
+            if added:
+                self._file.append(added)
+
+        self.backlog.write(write, len(lines))
+
+
+class LogRows(OtherRows):
+    """Such a file directly in the folder ``logs``."""
+
+    def path_in(self, logs: Path) -> Path:
+        """See `StepRows.path_in`."""
+        return logs / self._name.name
+
+
+class DataRows(StepRows):
+    """The file of training data, beside the folder ``logs``; it is written as a whole."""
+
+    def path_in(self, logs: Path) -> Path:
+        """See `StepRows.path_in`; the folder is ``data-2`` beside ``logs-2``."""
+        return logs.with_name(logs.name.replace("logs", "data", 1)) / self._name.name
+
+    def put_all(self, rows: Iterable[Row]) -> None:
+        """Replace the content of the file."""
+        lines = [json_line(row) + b"\n" for row in rows]
+
+        def write() -> None:
+            if [*self._file.lines()] != lines:
+                self._file.rewrite(lines)
+
+        self.backlog.write(write, sum(map(len, lines)))
+
+    def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
+        """See `StepRows.cut`; the data belong to no step."""
 
 
 class TrainingRows(StepRows):
@@ -245,6 +298,21 @@ class RunLogsState(
     """Evals of a replay from before the last start."""
     deferred_evals: list[bytes] = []
     """Evals after a pending start, encoded; the next training row decides whether the start was applied."""
+    deferred_rows: list[tuple[OtherKind, bytes]] = []
+    """Other rows after a pending start, as lines."""
+    page_values: bytes = b""
+    """The `PageValues`, encoded: a mark is JSON, which has no NaN."""
+    last_step: int = 0
+    """The largest trained step."""
+
+
+class PageValues(msgspec.Struct):
+    """What was set during a run, for its pages."""
+
+    summary: dict[str, Any] = {}
+    """The newest values of the run as a whole."""
+    config: dict[str, Any] = {}
+    """All changes of the configuration so far."""
 
 
 class RunLogs:
@@ -279,7 +347,23 @@ class RunLogs:
             {split: EvalRows(self.acquire_folder, logs / split / name, savepoints) for split in SPLITS}
             for name in ("metrics.jsonl", "rollouts.jsonl")
         )
-        self._files: list[StepRows] = [self._training, *self._evals.values(), *self._rollouts.values()]
+        self._epochs, self._training_rollouts = (
+            OtherRows(self.acquire_folder, logs / "training" / name, savepoints)
+            for name in ("epochs.jsonl", "rollouts.jsonl")
+        )
+        self._content = LogRows(self.acquire_folder, logs / "content.jsonl", savepoints)
+        self._alerts = LogRows(self.acquire_folder, logs / "alerts.jsonl", savepoints)
+        self._data = DataRows(self.acquire_folder, logs / "training_data.jsonl", savepoints)
+        self._files: list[StepRows] = [
+            self._training,
+            *self._evals.values(),
+            *self._rollouts.values(),
+            self._epochs,
+            self._training_rollouts,
+            self._content,
+            self._alerts,
+            self._data,
+        ]
 
     def acquire_folder(self) -> Path:
         """Return the folder, acquired for this adapter.
@@ -318,7 +402,7 @@ class RunLogs:
 
     def paths(self) -> list[Path]:
         """The current paths of the files."""
-        return [self.logs / each.name for each in self._files]
+        return [each.path_in(self.logs) for each in self._files]
 
     @property
     def _has_lease(self) -> bool:
@@ -363,6 +447,7 @@ class RunLogs:
     def add_step(self, step: int, row: Row) -> None:
         """Add a training row. Without `begin`, the first step acts as the start, but earlier evals remain."""
         row = {"step": step, **row}
+        self.state.last_step = max(self.state.last_step, step)
         if self.state.tracker.is_matching:
             self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
             return
@@ -371,6 +456,48 @@ class RunLogs:
             for each in self._files[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
+
+    def add_epoch(self, step: int, row: Row) -> None:
+        """Add the metrics of an epoch, which has ended after this step or later."""
+        at_step = max(step, self.state.last_step)
+        self._add_lines("epochs", at_step, json_line({"step": at_step, **row}) + b"\n")
+
+    def add_rollouts(self, step: int, rows: Iterable[Row]) -> None:
+        """Add the trajectories of a step."""
+        self._add_lines("rollouts", step, b"".join(json_line({"step": step, **row}) + b"\n" for row in rows))
+
+    def add_content(self, step: int | None, row: Row) -> None:
+        """Add the description of a content; without a step, only if it is not in the file."""
+        self._add_lines("content", step, json_line(row) + b"\n")
+
+    def add_alert(self, row: Row) -> None:
+        """Add an alert."""
+        self._alerts.add_lines(json_line(row) + b"\n", may_repeat=self.state.tracker.is_matching)
+
+    def put_data(self, rows: Iterable[Row]) -> None:
+        """Write the training data in place of earlier ones."""
+        self._data.put_all(rows)
+
+    def page_values(self) -> PageValues:
+        """Return what was set during the run."""
+        encoded = self.state.page_values
+        return msgspec.msgpack.decode(encoded, type=PageValues) if encoded else PageValues()
+
+    def set_page_values(self, summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Add values of the run as a whole, and changes of the configuration."""
+        known = self.page_values()
+        known = PageValues({**known.summary, **summary}, {**known.config, **config})
+        self.state.page_values = msgspec.msgpack.encode(known)
+
+    def _add_lines(self, kind: OtherKind, step: int | None, lines: bytes) -> None:
+        tracker = self.state.tracker
+        if tracker.pending_start is not None and step is not None:
+            self.state.deferred_rows.append((kind, lines))
+        else:
+            self._other(kind).add_lines(lines, may_repeat=tracker.is_matching or step is None)
+
+    def _other(self, kind: OtherKind) -> OtherRows:
+        return {"epochs": self._epochs, "rollouts": self._training_rollouts, "content": self._content}[kind]
 
     def end_training(self) -> None:
         """Write the rows that wait for their step, at the end of the training."""
@@ -416,6 +543,7 @@ class RunLogs:
 
     def _cut(self, first_step: int) -> None:
         self.state.new_evals = []
+        self.state.last_step = max(0, min(self.state.last_step, first_step - 1))
         for each in self._files:
             each.cut(first_step)
 
@@ -448,6 +576,9 @@ class RunLogs:
         for each in deferred:
             key, row, rollouts, split = _decode_deferred(each)
             self._put_eval(key, row, rollouts, split, keep_existing=keep_existing)
+        rows, self.state.deferred_rows = self.state.deferred_rows, []
+        for kind, lines in rows:
+            self._other(kind).add_lines(lines, may_repeat=keep_existing)
 
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""

@@ -6,12 +6,17 @@ The messages are those of tensorboardX, which needs neither torch nor TensorFlow
 buffers rows in a thread, and there is no way to wait for them.
 """
 
+import io
 import struct
+import sys
+import wave
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import chain
 from typing import Any, BinaryIO, Final
 
+from evsys_adapters.common.logged_content import image_size
 from evsys_adapters.common.logged_values import EVAL
 
 _LENGTHS: Final = struct.Struct("<QI")
@@ -23,6 +28,13 @@ _WALL_TIME_END: Final = 9
 _MAX_STEP_BYTES: Final = 9
 """Maximum length of an encoded step that is not negative."""
 _EVAL: Final = EVAL.encode()
+_RGB: Final = 3
+_HPARAM_TYPES: Final[Mapping[type, str]] = {
+    bool: "DATA_TYPE_BOOL",
+    str: "DATA_TYPE_STRING",
+    int: "DATA_TYPE_FLOAT64",
+    float: "DATA_TYPE_FLOAT64",
+}
 
 
 class Events:
@@ -48,6 +60,8 @@ class Events:
         self._metadata: Any = summary_pb2.SummaryMetadata
         self._tensor: Any = import_module("tensorboardX.proto.tensor_pb2").TensorProto
         self._shape: Any = import_module("tensorboardX.proto.tensor_shape_pb2").TensorShapeProto
+        self._hparams: Any = import_module("tensorboardX.proto.plugin_hparams_pb2")
+        self._hparams_api: Any = import_module("tensorboardX.proto.api_pb2")
 
     def header(self) -> bytes:
         """Return the file's version event, for the version in which restarts are explicit events."""
@@ -92,6 +106,69 @@ class Events:
         )
         value = self._summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin), tensor=tensor)
         return self._encode_event(step, summary=self._summary(value=[value]))
+
+    def image(self, step: int, tag: str, data: bytes) -> bytes:
+        """Encode an event with a PNG, JPEG or GIF image."""
+        width, height = image_size(data)
+        image = self._summary.Image(height=height, width=width, colorspace=_RGB, encoded_image_string=data)
+        return self._encode_event(step, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
+
+    def audio(self, step: int, tag: str, data: bytes) -> bytes | None:
+        """Encode an event with a WAV sound; None if it is damaged."""
+        try:
+            with wave.open(io.BytesIO(data)) as file:
+                facts = {
+                    "sample_rate": file.getframerate(),
+                    "num_channels": file.getnchannels(),
+                    "length_frames": file.getnframes(),
+                }
+        except (wave.Error, EOFError):  # also for floats, which browsers play, but which have no known length
+            return None
+        audio = self._summary.Audio(encoded_audio_string=data, content_type="audio/wav", **facts)
+        return self._encode_event(step, summary=self._summary(value=[self._summary.Value(tag=tag, audio=audio)]))
+
+    def histogram(self, step: int, tag: str, edges: Sequence[float], counts: Sequence[float]) -> bytes:
+        """Encode an event with a histogram: one edge more than counts."""
+        plugin = self._metadata.PluginData(plugin_name="histograms")
+        buckets = array("d", chain.from_iterable(zip(edges, edges[1:], counts, strict=False)))
+        if sys.byteorder == "big":
+            buckets.byteswap()
+        dim = self._shape.Dim
+        tensor = self._tensor(
+            dtype="DT_DOUBLE",
+            tensor_content=buckets.tobytes(),
+            tensor_shape=self._shape(dim=[dim(size=len(buckets) // 3), dim(size=3)]),
+        )
+        value = self._summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin), tensor=tensor)
+        return self._encode_event(step, summary=self._summary(value=[value]))
+
+    def session_start(self, step: int, hparams: Mapping[str, bool | float | str]) -> bytes:
+        """Encode the start of a run with its hyperparameters."""
+        now = self._now()
+        start = self._hparams.SessionStartInfo(start_time_secs=now)
+        for name, value in hparams.items():
+            if isinstance(value, bool):
+                start.hparams[name].bool_value = value
+            elif isinstance(value, str):
+                start.hparams[name].string_value = value
+            else:
+                start.hparams[name].number_value = value
+        return self._encode_hparams(step, "session_start_info", start, now)
+
+    def experiment(self, step: int, hparams: Mapping[str, bool | float | str], metric_tags: Iterable[str]) -> bytes:
+        """Encode which hyperparameters and metrics the table of runs has."""
+        api = self._hparams_api
+        now = self._now()
+        infos = [api.HParamInfo(name=name, type=_HPARAM_TYPES[type(value)]) for name, value in hparams.items()]
+        metrics = [api.MetricInfo(name=api.MetricName(tag=tag)) for tag in metric_tags]
+        return self._encode_hparams(step, "experiment", api.Experiment(hparam_infos=infos, metric_infos=metrics), now)
+
+    def session_end(self, step: int, *, failed: bool) -> bytes:
+        """Encode the end of a run."""
+        status = "STATUS_FAILURE" if failed else "STATUS_SUCCESS"
+        now = self._now()
+        end = self._hparams.SessionEndInfo(status=status, end_time_secs=now)
+        return self._encode_hparams(step, "session_end_info", end, now)
 
     def time_of(self, payload: bytes) -> float:
         """Return the wall time of an event; 0 if it has none."""
@@ -157,6 +234,12 @@ class Events:
                 event.summary.CopyFrom(self._summary(value=values))
                 yield self.frame(event.SerializeToString(), 0)
 
+    def _encode_hparams(self, step: int, name: str, message: Any, now: float) -> bytes:
+        content = self._hparams.HParamsPluginData(version=0, **{name: message}).SerializeToString()
+        metadata = self._metadata(plugin_data=self._metadata.PluginData(plugin_name="hparams", content=content))
+        value = self._summary.Value(tag=f"_hparams_/{name}", metadata=metadata)
+        return self._encode_event(step, now, summary=self._summary(value=[value]))
+
     def _parsed(self, payload: bytes) -> Any:
         """Decode an event; None if it is damaged."""
         try:
@@ -164,8 +247,8 @@ class Events:
         except self._damaged:
             return None
 
-    def _encode_event(self, step: int, **what: Any) -> bytes:
-        now = self._now()
+    def _encode_event(self, step: int, now: float | None = None, **what: Any) -> bytes:
+        now = self._now() if now is None else now
         self._start_time = now if self._start_time is None else self._start_time
         return self._event(wall_time=now, step=step, **what).SerializeToString()
 

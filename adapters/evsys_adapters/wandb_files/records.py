@@ -99,18 +99,34 @@ class Records:
         versions = self._messages.VersionInfo(producer=self._producer, min_consumer=_OLDEST_READER)
         return self._record(run_id, header=self._messages.HeaderRecord(version_info=versions))
 
-    def run(self, run_id: str, config: Mapping[str, Any], start_time: float, **names: str | None) -> bytes:
+    def run(
+        self, run_id: str, config: Mapping[str, Any], start_time: float, tags: Iterable[str] = (), **names: str | None
+    ) -> bytes:
         """Encode the run's description. Names: project, entity, run_group, job_type, display_name, notes."""
         set_names = {key: value for key, value in names.items() if value}
-        run = self._messages.RunRecord(run_id=run_id, **set_names)
+        run = self._messages.RunRecord(run_id=run_id, tags=tags, **set_names)
         for key, value in config.items():
             run.config.update.add(key=key, value_json=json_of(value))
         run.start_time.seconds, run.start_time.nanos = int(start_time), int(start_time % 1 * 1e9)
         return self._record(run_id, run=run)
 
-    def metric(self, run_id: str, name: str, step_metric: str | None) -> bytes:
+    def config(self, run_id: str, changed: Mapping[str, Any]) -> bytes:
+        """Encode changed keys of the configuration."""
+        config = self._messages.ConfigRecord()
+        for key, value in changed.items():
+            config.update.add(key=key, value_json=json_of(value))
+        return self._record(run_id, config=config)
+
+    def alert(self, run_id: str, title: str, text: str, level: str) -> bytes:
+        """Encode an alert, of which W&B notifies the user."""
+        level = {"info": "INFO", "error": "ERROR"}.get(level, "WARN")
+        return self._record(run_id, alert=self._messages.AlertRecord(title=title, text=text or title, level=level))
+
+    def metric(self, run_id: str, name: str, step_metric: str | None, *, replaces: bool = False) -> bytes:
         """Encode the definition of a metric with its step metric, or without one the definition of a step metric."""
         metric = self._messages.MetricRecord(name=_escaped(name), step_metric=_escaped(step_metric or ""))
+        if replaces:
+            metric._control.overwrite = True  # noqa: SLF001 # a field of W&B's message
         metric.options.defined = True
         metric.options.hidden = step_metric is None
         return self._record(run_id, metric=metric)

@@ -1,6 +1,5 @@
 """`WandbRun`: one W&B run and the rows on their way to its file."""
 
-import hashlib
 import math
 import secrets
 import string
@@ -12,19 +11,24 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters.common.hook_arguments import safe_name
+from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
+from evsys_adapters.common.logged_content import Content
 from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, json_of, prefixed, values_of
 from evsys_adapters.output_files.experiment_pages import hypothesis_of
 from evsys_adapters.output_files.output_positions import TrackedOutput
 from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.output_files.run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
+from evsys_adapters.wandb_files.media import media_of, write_table
 from evsys_adapters.wandb_files.records import Records, row_key
 from evsys_adapters.wandb_files.upload_process import Upload
-from evsys_bus.files import replace_file
-from evsys_bus.location import short_digest
+from evsys_bus.diagnostics import log
 from evsys_bus.savepoints import Savepoints
 
 _ID_LETTERS: Final = string.ascii_lowercase + string.digits
+
+
+MEDIA: Final = "media"
+"""The stream of content."""
 
 
 def random_id() -> str:
@@ -63,6 +67,12 @@ class WandbRunState(
     """Rows in the file; -1 if they have to be counted."""
     path: str = ""
     """Path of the file."""
+    axes: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    """The x axis of metrics, by name or by a beginning with ``*``, as the program has defined them."""
+    config_updates: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """All changes of the configuration so far."""
+    remarks: set[str] = msgspec.field(default_factory=set[str])
+    """What was logged about content that W&B does not show as it is."""
 
 
 class WandbRun(LoggedRun[WandbRunState]):
@@ -113,7 +123,9 @@ class WandbRun(LoggedRun[WandbRunState]):
         self._records = records
         self._clock = clock
 
-    def describe(self, config: object, plain: Mapping[str, Any], **names: str | None) -> None:
+    def describe(
+        self, config: object, plain: Mapping[str, Any], extras: Mapping[str, Any], **names: str | None
+    ) -> None:
         """Log the run's description, once."""
         if self.notes.described:
             return
@@ -127,8 +139,35 @@ class WandbRun(LoggedRun[WandbRunState]):
             flat = dict(cast("dict[str, Any]", of_run))
         if "config" in plain:
             flat["experiment" if "experiment" not in flat else "experiment_config"] = plain["config"]
-        names["notes"] = hypothesis_of(config)
-        self._add(self._records.run(self.id, flat, self.notes.start_time, **names))
+        names["notes"] = str(extras.get("notes") or "") or hypothesis_of(config)
+        tags = [str(each) for each in list_or_empty(extras.get("tags"))]
+        self._add(self._records.run(self.id, flat, self.notes.start_time, tags, **names))
+        if self.notes.config_updates:
+            self._add(self._records.config(self.id, self.notes.config_updates))
+        self.set_axes(extras.get("axes"))
+
+    def set_axes(self, axes: object) -> None:
+        """Set the x axis of metrics; those that are defined already are defined again with their next row."""
+        named = {str(name): str(axis) for name, axis in fields(axes).items()}
+        if named != self.notes.axes:
+            self.notes.axes = named
+            self.notes.defined_metrics = {name for name in self.notes.defined_metrics if not self._axes_of(name)}
+
+    def add_config(self, changed: Mapping[str, Any], ctx: object) -> None:
+        """See `LoggedRun.add_config`."""
+        self.set_axes(field(field(ctx, "extras"), "axes"))
+        if changed:
+            values = values_of(changed)
+            self.notes.config_updates |= values
+            self._add(self._records.config(self.id, values))
+
+    def add_summary(self, values: object) -> None:
+        """See `LoggedRun.add_summary`; the names are those that the program has given."""
+        self.summarize(values_of(values))
+
+    def add_alert(self, title: str, text: str, level: str) -> None:
+        """See `LoggedRun.add_alert`; W&B notifies the user when the record is uploaded."""
+        self._add(self._records.alert(self.id, title, text, level))
 
     def begin(self, first_step: int) -> None:
         """See `LoggedRun.begin`; a run that had ended continues."""
@@ -176,7 +215,9 @@ class WandbRun(LoggedRun[WandbRunState]):
         step_name = f"{stream}/step"
         row = _row(stream, step, values)
         for name in row.keys() - self.notes.defined_metrics:
-            self._add(self._records.metric(self.id, name, None if name == step_name else step_name))
+            axis = next((each for each in self._axes_of(name) if each in row and each != name), None)
+            step_metric = axis or (None if name == step_name else step_name)
+            self._add(self._records.metric(self.id, name, step_metric, replaces=axis is not None))
             self.notes.defined_metrics.add(name)
         now = self._now()
         times = {"_timestamp": now, "_runtime": max(0.0, now - self.notes.start_time)}
@@ -222,21 +263,41 @@ class WandbRun(LoggedRun[WandbRunState]):
 
     def _table(self, head: str, step: int | None, table: Table) -> dict[str, Any]:
         """Write the predictions to a file of the run; returns the row value that refers to it."""
-        data = json_of({"columns": table.columns, "data": table.rows, "caption": table.caption}).encode()
-        name = f"{safe_name(head)}-{short_digest(head)}_{'final' if step is None else step}.table.json"
-        path = f"media/table/{name}"
-        file = self.log.path.parent / "files" / path
-        replace_file(file, data, mode=0o666)
-        self._add(self._records.file(self.id, path))
-        return {
-            "_type": "table-file",
-            "path": path,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "size": len(data),
-            "ncols": len(table.columns),
-            "nrows": len(table.rows),
-            "caption": table.caption,
-        }
+        value = write_table(self._media_root, head, step, table)
+        self._add(self._records.file(self.id, value["path"]))
+        return value
+
+    def _write_content(self, step: int, content: Content) -> None:
+        """See `LoggedRun._write_content`; a row of the stream ``media``, and the files that it refers to."""
+        found = media_of(self._media_root, step, content)
+        name = content.name if isinstance(found.value, dict) else f"{content.kind}/{content.name}"  # one type per name
+        values = {name: found.value}
+        if self.notes.tracker.pending_start is not None:
+            self._resolve_pending_start(is_logged=self._has_row(MEDIA, step, values))
+        if found.remark and found.remark not in self.notes.remarks:
+            self.notes.remarks.add(found.remark)
+            log().info("wandb.content_as_file", run=self.id, name=content.name, why=found.remark)
+        for path in found.files:
+            self._add(self._records.file(self.id, path))
+        self._write(MEDIA, step, values)
+
+    @property
+    def _media_root(self) -> Path:
+        return self.log.path.parent / "files"
+
+    def _axes_of(self, name: str) -> list[str]:
+        """Return the possible names of the axis that the program has defined for a metric."""
+        for pattern, axis in self.notes.axes.items():
+            for each in (pattern, prefixed(TRAIN, pattern)):
+                if name.startswith(each[:-1]) if each.endswith("*") else name == each:
+                    return [axis, prefixed(TRAIN, axis)]
+        return []
+
+    def add_sample(self, step: int, values: object) -> None:
+        """See `LoggedRun.add_sample`; one that comes after the end of the run is left out, and does not reopen it."""
+        with self.lock:
+            if not self.notes.ended:
+                super().add_sample(step, values)
 
     def _void_from(self, first_step: float) -> None:
         """See `LoggedRun._void_from`; also removes the end of the run, because W&B reads no further."""

@@ -23,11 +23,11 @@ from evsys_bus.cli.output.formatting import (
     format_progress,
     summarize_error,
 )
-from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
+from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker, ShownAlert
 from evsys_bus.cli.output.screen import is_terminal, printable
 from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.redact import redact_key
+from evsys_bus.codec.redact import redact_key, redact_text
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.tasks import DeliveryStatus
 
@@ -45,6 +45,7 @@ _MAX_BAR: Final = 20
 _MIN_BAR: Final = 10
 _MIN_NAME: Final = 12
 _MIN_RUN: Final = 4
+_ALERT_STYLES: Final = {"info": "cyan", "warning": "yellow", "error": "red"}
 
 
 class ArmRow(NamedTuple):
@@ -190,8 +191,9 @@ class LiveView:
         self._live.start()
 
     def tick(self) -> None:
-        """Print captured output, and redraw the table."""
+        """Print captured output and alerts, and redraw the table."""
         self._show_printed()
+        self._show_alerts()
         size = shutil.get_terminal_size()
         self._console.size = (size.columns, size.lines)  # pyright: ignore[reportAttributeAccessIssue] # its setter takes a pair
         table = render(
@@ -212,11 +214,23 @@ class LiveView:
         for stream in self._streams:
             stream.finish()
         self._show_printed()
+        self._show_alerts()
+
+    def _show_alerts(self) -> None:
+        alerts = self._tracker.alerts
+        while alerts:
+            self._console.print(render_alert(alerts.popleft()), soft_wrap=True)
 
     def _show_printed(self) -> None:
         lines = self._buffer.drain()
         if lines:
             self._console.print(Text("\n").join(map(Text.from_ansi, lines)), soft_wrap=True)
+
+
+def render_alert(alert: ShownAlert) -> Text:
+    """Return an alert with its run, as one line in the colour of its level."""
+    words = " ".join(f"{alert.run}  {alert.level.upper()}  {alert.title}  {alert.text}".split("\n")).rstrip()
+    return Text(printable(redact_text(words)), style=_ALERT_STYLES.get(alert.level, "yellow"))
 
 
 def render(

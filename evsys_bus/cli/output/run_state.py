@@ -37,6 +37,8 @@ RemainingWork = tuple[int, Iterable[DeliveryStatus]]
 """The number of unfinished tasks of callbacks, and the deliveries."""
 MAX_PENDING_UPDATES: Final = 10_000
 """Limit of updates that no view has read yet; beyond it the oldest are dropped and counted."""
+MAX_PENDING_ALERTS: Final = 100
+"""Limit of alerts that the live view has not printed yet; beyond it the oldest are dropped."""
 
 
 class DrainStatus:
@@ -168,6 +170,15 @@ class RunProgress:
         return None if rate is None else max(self.num_steps - self.step, 0) / rate
 
 
+class ShownAlert(NamedTuple):
+    """An alert that the live view prints."""
+
+    run: str
+    level: str
+    title: str
+    text: str
+
+
 class ProgressUpdate(msgspec.Struct, frozen=True):
     """An event that line views print."""
 
@@ -199,6 +210,7 @@ class RunStateTracker(Callback):
         self.clock = clock
         self.updates: deque[ProgressUpdate] = deque(maxlen=MAX_PENDING_UPDATES)
         self.updates_dropped = 0
+        self.alerts: deque[ShownAlert] = deque(maxlen=MAX_PENDING_ALERTS)
         self.notice: str | None = None
         """A message shown to the user now."""
         self.drain_status: DrainStatus | None = None
@@ -262,6 +274,12 @@ class RunStateTracker(Callback):
             run = self._run_for_key(ctx.run_key or "", ctx.run_config)
             run.evals = {**run.evals, eval_result.name: (None, eval_result.metrics)}
             self.add_update("benchmark", run, eval=eval_result.name, metrics=eval_result.metrics)
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Report the alert."""
+        run = self._run_for_key(ctx.run_key or "", ctx.run_config)
+        self.alerts.append(ShownAlert(run.key, level, title, text))
+        self.add_update("alert", run, level=level, title=title, text=text or None)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Stop the clock of the run."""
