@@ -76,6 +76,20 @@ class OpenRow:
         return complete
 
 
+def is_recorded(bus: EventBus, run: str, step: int) -> bool:
+    """Return whether the row of a step is among the last events on record, after a publish that was interrupted."""
+    journal = bus.health().journal
+    if journal is None:
+        return True  # nothing is recorded, and most of its hooks were called
+    with suppress(OSError, EvsysBusError):
+        for record in JournalReader(journal.directory).read(journal.stream, max(0, journal.recorded - _RECENT_EVENTS)):
+            envelope = decode(record.payload)
+            event = envelope.event
+            if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
+                return True
+    return False
+
+
 def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
     """Return the row that an earlier process has logged in parts when it was killed, as a `StepEnd`, if there is one.
 
@@ -92,20 +106,6 @@ def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
 
 _STREAMS_READ: Final = 2
 """The newest streams, and segments of each: that of the killed process, and the one that has just begun."""
-
-
-def is_recorded(bus: EventBus, run: str, step: int) -> bool:
-    """Return whether the row of a step is among the last events on record, after a publish that was interrupted."""
-    journal = bus.health().journal
-    if journal is None:
-        return True  # nothing is recorded, and most of its hooks were called
-    with suppress(OSError, EvsysBusError):
-        for record in JournalReader(journal.directory).read(journal.stream, max(0, journal.recorded - _RECENT_EVENTS)):
-            envelope = decode(record.payload)
-            event = envelope.event
-            if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
-                return True
-    return False
 
 
 class RowMerger:

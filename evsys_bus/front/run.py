@@ -600,11 +600,9 @@ def _to_row(metrics: Any) -> Row:
 
 def _whole(step: Any) -> int:
     try:
-        if isinstance(step, bool):
-            raise TypeError  # noqa: TRY301 # most likely meant as `commit`
         number = to_int(step)
-        if abs(number) > _MAX_STEP:
-            raise OverflowError  # noqa: TRY301 # as above
+        if isinstance(step, bool) or abs(number) > _MAX_STEP:
+            raise OverflowError  # noqa: TRY301 # a bool is most likely meant as `commit`
         return number  # noqa: TRY300 # as above
     except Exception as error:
         raise TrainingError(
