@@ -131,8 +131,11 @@ def lookup_event_type(tag: str) -> type[Event] | None:
 
 
 def is_newer(event_type: type[Event]) -> bool:
-    """Return whether the event was added to the library after version 0.1, so that older callbacks do not know it."""
-    return event_type in _newer.values()
+    """Return whether the event has, or has taken, the name of one that was added to the library after version 0.1.
+
+    A method of that name may belong to an older callback, or to one that is made for the other event.
+    """
+    return event_type in _newer.values() or event_type.hook in _newer
 
 
 def is_shipped(event_class: type[Event]) -> bool:

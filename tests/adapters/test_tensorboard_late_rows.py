@@ -379,7 +379,7 @@ def test_only_a_resume_is_a_restart_and_what_it_cut_is_gone_once_the_file_is_in_
     again.on_train_start(state)
     again.on_step_end(state, 4, TrainingBatch(), {"p": 40.0})
     again.close()
-    assert [each.step for each in restarts(folder)] == [4]
+    assert {each.step for each in restarts(folder)} == {4}  # written twice: the slower loader ignores the first
     assert slow(folder) == {"train/p": [*points_of(range(4)), (4, 40.0)]}
     again.on_step_end(state, 6, TrainingBatch(), {"p": 6.0})
     again.on_step_end(state, 5, TrainingBatch(), {"p": 5.0})

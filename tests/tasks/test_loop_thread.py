@@ -86,3 +86,31 @@ def test_a_drain_after_the_exit_names_the_abandoned_tasks_and_starts_no_thread()
     release.set()
     assert receipt.unfinished == ("Blocks:block",)
     assert settled(before) == set()
+
+
+def test_a_second_request_to_end_leaves_the_thread_the_time_to_close_its_generators():
+    closing, ended, errors = threading.Event(), [], []
+
+    async def numbers():
+        try:
+            yield 1
+        finally:
+            closing.set()
+            await asyncio.sleep(0.05)
+            ended.append(True)
+
+    opened = numbers()
+
+    async def work():
+        await anext(opened)
+
+    hook, threading.excepthook = threading.excepthook, lambda args: errors.append(args.exc_value)
+    try:
+        thread = LoopThread()
+        thread.submit(work())
+        assert closing.wait(5)
+        thread.request_stop()
+        thread.stop(5.0)
+    finally:
+        threading.excepthook = hook
+    assert (ended, errors) == ([True], [])
