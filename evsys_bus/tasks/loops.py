@@ -161,17 +161,12 @@ class _LoopRunner:
         self.error: BaseException | None = None
         """Why there is no loop."""
         self._stop_requested: Final = Gate()
-        self._is_ending = False
         self._thread: threading.Thread | None = None
 
     def request_stop(self) -> None:
         self._stop_requested.open()
         if self.is_ready.is_open and self.error is None:
-            call_soon(self.loop, self._stop_loop)
-
-    def _stop_loop(self) -> None:
-        if not self._is_ending:  # a second request must not stop what the end of the thread still runs
-            self.loop.stop()
+            call_soon(self.loop, self.loop.stop)
 
     def join(self, seconds: float) -> None:
         if self._thread is not None:  # a thread that has not started yet will see `_stop_requested`
@@ -194,8 +189,10 @@ class _LoopRunner:
                     loop.run_forever()
                 except (KeyboardInterrupt, SystemExit) as error:  # raised by a task: no signal arrives on this thread
                     log().warning("task.exit_ignored", exc_info=error)
-            self._is_ending = True
-            loop.run_until_complete(loop.shutdown_asyncgens())
+            ending = loop.create_task(loop.shutdown_asyncgens())
+            ending.add_done_callback(lambda _: loop.stop())
+            while not ending.done():  # each request to end stops the loop, and there may be several
+                loop.run_forever()
         finally:
             loop.close()
 
