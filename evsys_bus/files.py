@@ -17,7 +17,7 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, Self, TypeVar, cast
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -43,6 +43,7 @@ from evsys_bus.disk import (
     write_all,
 )
 from evsys_bus.savepoints import Savepoints, hidden_name
+from evsys_bus.weak_items import WeakItems
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -479,7 +480,7 @@ class FileLock:
     """
 
     _shared: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
-    _all: ClassVar[WeakSet["FileLock"]] = WeakSet()
+    _all: ClassVar["WeakItems[FileLock]"] = WeakItems()
     _guard: ClassVar = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `acquire`
 
     def __init__(self, fd: int | None, disk: Disk) -> None:

@@ -18,7 +18,6 @@ import linecache
 import re
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from evsys_bus.bus.health import HookHealth
 from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
 from evsys_bus.events import Event, event_tag, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
+from evsys_bus.weak_items import WeakItems
 
 SLOW_NANOSECONDS: Final = 1_000_000
 """After a hook took this long, every call is timed, until `FAST_CALLS` calls in a row were faster."""
@@ -344,7 +344,7 @@ class DispatchRegistry:
         self._removed_hooks: dict[tuple[str, str], HookHealth] = {}  # of removed callbacks, by name
         self._retired_counts: dict[str, int] = {}  # by retired code
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls health()
-        self._all_compiled: weakref.WeakSet[CompiledDispatch] = weakref.WeakSet()
+        self._all_compiled: WeakItems[CompiledDispatch] = WeakItems()
 
     def compile(
         self, event_type: type[Event], callbacks: Iterable[object], *, hot: bool, **template_globals: Any

@@ -9,7 +9,6 @@ import inspect
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, PublishLoopError
 from evsys_bus.events import Event, StepEnd, with_int_step
 from evsys_bus.tasks import Deadline
+from evsys_bus.weak_items import WeakItems
 
 NESTED_LIMIT: Final = 1_000
 """How many events the hooks of one publish may publish, including those of nested hooks."""
@@ -505,7 +505,7 @@ def _not_an_event(given: type) -> EventError:
     )
 
 
-_publishers: "weakref.WeakSet[Publisher]" = weakref.WeakSet()
+_publishers: Final[WeakItems[Publisher]] = WeakItems()
 
 
 def _after_fork() -> None:

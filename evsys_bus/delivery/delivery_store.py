@@ -10,7 +10,6 @@ A replay keeps all of this in memory only. A disk error never ends a delivery: i
 import os
 import sys
 import time
-import weakref
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, JournalReader, Position, layout
 from evsys_bus.sink import BatchResult, RawRecord
 from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.weak_items import WeakItems
 
 MAX_PENDING: Final = 1000
 """How many dead letters may wait for the disk before the delivery has to wait."""
@@ -459,7 +459,7 @@ _NO_STEP_YET: Final = sys.maxsize - 1
 _TRAINING_EVENTS: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
 _MAX_CURSOR_BYTES: Final = 16 << 20
 
-_open_stores: "weakref.WeakSet[DeliveryStore]" = weakref.WeakSet()
+_open_stores: Final[WeakItems[DeliveryStore]] = WeakItems()
 
 
 def _release_locks_after_fork() -> None:

@@ -25,6 +25,7 @@ from evsys_bus.journal.reader import Record
 from evsys_bus.journal.retention import RemovedCounts, RetentionPolicy
 from evsys_bus.journal.slow_writer import Backlog, PendingRecord, SlowWriter
 from evsys_bus.journal.stream_lock import acquire_named_stream, acquire_stream, write_owner
+from evsys_bus.weak_items import WeakItems
 
 _MIN_SYNC_SECONDS: Final = 1.0
 """The minimum time for the final sync, after pending records were retried until the deadline."""
@@ -426,7 +427,7 @@ def _already_encoded(payload: bytes, _: int, __: float) -> bytes:
     return payload
 
 
-_open_writers: "weakref.WeakSet[SlowWriter]" = weakref.WeakSet()
+_open_writers: Final[WeakItems[SlowWriter]] = WeakItems()
 
 
 def _after_fork() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Protocol, cast
 
 from evsys_bus.diagnostics import log
 from evsys_bus.tasks.loops import running_loop
+from evsys_bus.weak_items import WeakItems
 
 HOOK_FILENAME_PREFIX: Final = "<evsys-bus publish"
 """Prefix of the filename under which code that calls hooks is compiled."""
@@ -162,7 +163,7 @@ class HookTaskAdopter:
         self.is_publishing = is_publishing
         self._find_owner = find_owner
         self._adopt = adopt
-        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._loops: WeakItems[asyncio.AbstractEventLoop] = WeakItems()
         self._was_displaced = False
 
     @property
