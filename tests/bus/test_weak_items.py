@@ -3,7 +3,6 @@
 from evsys_bus.weak_items import WeakItems
 from support.programs import run_python
 
-
 PROGRAM = """
 import gc, sys, weakref
 from evsys_bus import Callback, EventBus, StepEnd
