@@ -206,7 +206,7 @@ def test_a_program_may_redact_more_keys_and_reveal_others():
     }
 
 
-class Rollout(Event, frozen=True):
+class ProgramNote(Event, frozen=True):
     """An event of a program."""
 
     note: str
@@ -252,7 +252,7 @@ def test_no_credential_reaches_any_file_or_log_line(tmp_path, caplog):
             batch = TrainingBatch(loss_fn_config={"note": text, "password": "S3CRET"}, metrics={"text": text, "n": 1})
             bus.publish(StepEnd(state, step, batch, {"loss": 0.5, "text": text, text: 1.0, "nested": [{"t": text}]}))
             bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 0.5, "api_key": "S3CRET"}))
-            bus.publish(Rollout(text, {"headers": {"x-api-key": "S3CRET"}, "text": text}, "S3CRET"))
+            bus.publish(ProgramNote(text, {"headers": {"x-api-key": "S3CRET"}, "text": text}, "S3CRET"))
             bus.publish(
                 BenchmarkEval(
                     ctx,
