@@ -10,8 +10,7 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart, event_tag
 from evsys_bus.journal import JournalReader
 
-_PART_TAG: Final = event_tag(Metrics).encode()
-_ROW_TAG: Final = event_tag(StepEnd).encode()
+_TAGS: Final = tuple(event_tag(each).encode() for each in (Metrics, StepEnd, TrainStart))
 
 
 class OpenRows:
@@ -50,7 +49,7 @@ class OpenRows:
             for record in reader.read(stream, first - 1):
                 if record.sequence > last:
                     break
-                if _PART_TAG in record.payload or _ROW_TAG in record.payload:
+                if any(tag in record.payload for tag in _TAGS):
                     self.update(decode(record.payload))
         except (OSError, CodecError, JournalVersionError) as error:
             log().warning("courier.parts_unreadable", stream=stream, exc_info=error)

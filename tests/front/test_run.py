@@ -130,9 +130,9 @@ with evsys_bus.run(folder + "/run", callbacks=build_callbacks(specs), environmen
 """
 
 
-def program(folder: Path, die_at: int) -> subprocess.CompletedProcess[str]:
+def program(folder: Path, die_at: int, placement: str = "follow") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), str(die_at)],
+        [sys.executable, "-c", PROGRAM.replace('"follow"', repr(placement)), str(folder), str(die_at)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -159,9 +159,10 @@ def test_a_program_that_dies_between_two_parts_leaves_its_row(tmp_path):
     assert csv_rows(tmp_path) == rows
 
 
-def test_a_killed_program_goes_on_as_one_run_with_each_row_once(tmp_path):
-    assert program(tmp_path, 127).returncode == -signal.SIGKILL
-    resumed = program(tmp_path, 1_000)
+@pytest.mark.parametrize("placement", ["follow", "inline"])
+def test_a_killed_program_goes_on_as_one_run_with_each_row_once(tmp_path, placement):
+    assert program(tmp_path, 127, placement).returncode == -signal.SIGKILL
+    resumed = program(tmp_path, 1_000, placement)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.startswith("first 20 step-19")
     assert csv_rows(tmp_path) == [
