@@ -272,7 +272,7 @@ def test_a_working_directory_that_was_removed_costs_nothing_else(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
     source = (
-        "import os, json; os.rmdir(os.getcwd())\nfrom evsys_bus.front.environment import collect_environment as c\n"
+        "import os, json\nfrom evsys_bus.front.environment import collect_environment as c\nos.rmdir(os.getcwd())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"{source}print(json.dumps(c()))"],
