@@ -22,6 +22,7 @@ journal/
 """
 
 import errno
+import functools
 import os
 import re
 import time
@@ -189,18 +190,30 @@ def list_streams(disk: Disk, directory: str, rank: int | None = None, family: Fa
         names = disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [each for each in map(_STREAM_NAME.fullmatch, names) if each is not None]
+    found = [parts for parts in map(_parse_stream_name, names) if parts is not None]
     selected = (
-        (int(each[3] or 0), each[0])  # as `stream_sort_key`
-        for each in found
-        if (family is None or family == each[1]) and (rank is None or rank == int(each[2]))
+        (order, name)
+        for name, own_family, own_rank, order in found
+        if (family is None or family == own_family) and (rank is None or rank == own_rank)
     )
     return [stream for _, stream in sorted(selected)]
 
 
-def list_streams_of(disk: Disk, directory: str, families: Iterable[Family]) -> list[str]:
+def list_streams_of(disk: Disk, directory: str, families: Sequence[Family]) -> list[str]:
     """List the streams of several families, one family after the other."""
-    return [each for family in families for each in list_streams(disk, directory, family=family)]
+    if len(families) == 1:
+        return list_streams(disk, directory, family=families[0])
+    by_family: dict[str, list[str]] = {family: [] for family in families}
+    for stream in list_streams(disk, directory, family=None):
+        by_family.get(stream[0], []).append(stream)
+    return [stream for streams in by_family.values() for stream in streams]
+
+
+@functools.lru_cache(maxsize=8_192)
+def _parse_stream_name(name: str) -> tuple[str, str, int, int] | None:
+    """Return name, family, rank and order, as `stream_sort_key`; cached: followers list the same names often."""
+    parts = _STREAM_NAME.fullmatch(name)
+    return None if parts is None else (name, parts[1], int(parts[2]), int(parts[3] or 0))
 
 
 def list_segments(disk: Disk, folder: str) -> list[SegmentName]:
