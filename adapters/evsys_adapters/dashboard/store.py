@@ -156,7 +156,7 @@ class Store:
             with self.database.transaction():
                 yield changes
                 self._check_usable()  # the block may have caught the error of a part of it
-                self.series.flush()
+                self._flush()
                 changes.update(self.series.take_changes())
         except BaseException:
             self._failed = True
@@ -208,7 +208,7 @@ class Store:
                         sequence,
                     )
                     self._watermarks[stream] = sequence
-                self.series.flush()
+                self._flush()
             except BaseException:
                 self._failed = True
                 raise
@@ -242,6 +242,12 @@ class Store:
                 self.checkpoint()
         finally:
             self._close_database()
+
+    def _flush(self) -> None:
+        flush = getattr(self.catalogue, "flush", None)
+        if flush is not None:
+            flush()
+        self.series.flush()
 
     def _check_usable(self) -> None:
         if self._failed or self._closed:
