@@ -354,18 +354,19 @@ class TestRunFacts:
         assert points(store, store.catalogue.records.find("run key", "a-s0"), "train/loss") == {2: 2.0}
 
 
-class TestExperiments:
-    CONFIG = {
-        "name": "lr sweep",
-        "recipe": "m:f",
-        "matrix": {"lr": [0.1, 0.2]},
-        "n_repeats": 3,
-        "success_metric": {"name": "val/acc"},
-        "metadata": {"hypothesis": "more is better", "tags": ["sweep"]},
-    }
+CONFIG = {
+    "name": "lr sweep",
+    "recipe": "m:f",
+    "matrix": {"lr": [0.1, 0.2]},
+    "n_repeats": 3,
+    "success_metric": {"name": "val/acc"},
+    "metadata": {"hypothesis": "more is better", "tags": ["sweep"]},
+}
 
+
+class TestExperiments:
     def test_an_experiment_has_its_plan_its_groups_and_its_end(self, store, delivery):
-        ctx = LogContext("/runs/lr", config=self.CONFIG)
+        ctx = LogContext("/runs/lr", config=CONFIG)
         delivery.send(ExperimentStart(ctx), GroupStart(ctx, "lr=0.1"))
         record = experiment_of(store)
         assert (record.name, record.hypothesis, record.tags) == ("lr sweep", "more is better", ["sweep"])
@@ -377,7 +378,7 @@ class TestExperiments:
         assert record.conclusion == "lr=0.2 is best."
 
     def test_runs_belong_to_the_experiment_of_their_directory(self, store, delivery):
-        ctx = LogContext("/runs/lr", config=self.CONFIG)
+        ctx = LogContext("/runs/lr", config=CONFIG)
         delivery.send(ExperimentStart(ctx))
         train(delivery, ctx.for_run("lr=0.1-s0", {"lr": 0.1, "arm": "lr=0.1", "seed": 0}, "lr=0.1"))
         assert [row.arm for row in store.catalogue.runs_of(experiment_of(store).id)] == ["lr=0.1"]

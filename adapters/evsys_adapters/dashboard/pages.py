@@ -203,12 +203,13 @@ class _View:
     def _value(self, run: RunRecord, name: str) -> float | None:
         """Return the value by which a run is compared: that of an eval after training, else its last one."""
         if name in run.finals:
-            return run.finals[name]
+            final = run.finals[name]
+            return math.nan if final is None else final
         info = self._series[run.id].get(name)
         if info is not None:
-            return None if info.last is None or not math.isfinite(info.last) else info.last
+            return info.last
         value = run.summary.get(name)
-        return float(value) if _is_number(value) and math.isfinite(value) else None
+        return float(value) if _is_number(value) else None
 
     def _compared(self, arm: _Arm) -> list[RunRecord]:
         """Return the runs of an arm whose values count; of stages only the last one."""
@@ -334,7 +335,7 @@ class _View:
         if info is None:
             return []
         means = self._store.series.read([info.id], buckets=_SPARK_BUCKETS).lines[0].mean
-        return [float(value) if math.isfinite(value) else None for value in means]
+        return [_finite(float(value)) for value in means]
 
     def page(self) -> Json:
         """Return the experiment's page."""
@@ -377,7 +378,7 @@ class _View:
             values: list[Json] = []
             for headline in self._headlines:
                 spread = self._spread(arm, headline.name)
-                points = [self._value(run, headline.name) if run in compared else None for run in arm.runs]
+                points = [_finite(self._value(run, headline.name)) if run in compared else None for run in arm.runs]
                 reference = None if arm is baseline else references.get(headline.name)
                 values.append({**_spread_json(spread), **_delta(spread, reference), "points": points})
             rows.append(
@@ -413,7 +414,7 @@ class _View:
             "started": run.started,
             "ended": run.ended,
             "last_event": run.last,
-            "values": [self._value(run, each.name) for each in self._headlines],
+            "values": [_finite(self._value(run, each.name)) for each in self._headlines],
             "checkpoints": run.checkpoints,
             "config": {key: config.config[key] for key in varying if key in config.config},
         }
@@ -487,6 +488,11 @@ def _arm_state(states: Sequence[str]) -> str:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that JSON can represent, else None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _recorded(run: RunRecord) -> RecordedRun:

@@ -389,6 +389,8 @@ class Records:
         """Remove records and their names."""
         self.flush()
         for id_ in ids:
+            run = self.run(id_) if kind == "run" else None
+            self.count_change(id_ if run is None else run.experiment)
             self._database.execute(f"DELETE FROM {kind} WHERE id = ?", id_)  # noqa: S608 # one of two words
             for suffix in ("", " path", " stream", " key"):
                 self.forget(f"{kind}{suffix}", id_)
@@ -397,7 +399,6 @@ class Records:
                 self._runs.pop(id_, None)
             else:
                 self._experiments.pop(id_, None)
-            self._versions[id_] = self._versions.get(id_, 0) + 1
 
     def forget(self, kind: str, id_: int) -> None:
         """Remove the names of an id."""
