@@ -48,8 +48,6 @@ _SPARSE_POINTS: Final = 64
 """With fewer points in each of so many chunks, their scale is too small."""
 _PORTION: Final = 64
 """Chunks that a transaction writes for a checkpoint under way."""
-_MAX_IDLE_SERIES: Final = 50_000
-"""With more series in memory, those of idle runs leave it."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
@@ -135,10 +133,12 @@ class SeriesStore:
         database: The database, with the tables of `schema`.
         checkpoint_points: A checkpoint begins when the log has more points than this, or than 200 for each open chunk
             up to ten times this.
+        max_idle_series: With more series in memory than this, those of idle runs leave it at the end of a checkpoint.
     """
 
-    def __init__(self, database: Database, *, checkpoint_points: int = 400_000) -> None:
+    def __init__(self, database: Database, *, checkpoint_points: int = 400_000, max_idle_series: int = 50_000) -> None:
         self._database: Final = database
+        self._max_idle_series: Final = max_idle_series
         self._checkpoint_points: Final = checkpoint_points
         self.refused = 0
         """Points without a place: their step is too far from all others, or no int of 53 bits."""
@@ -555,7 +555,7 @@ class SeriesStore:
             if series.id not in busy and row_id not in self._written_tails:
                 series.rest()
         self._idle_tails, self._written_tails = self._written_tails, {}
-        if len(self._by_id) <= _MAX_IDLE_SERIES:
+        if len(self._by_id) <= self._max_idle_series:
             return
         busy_runs = {series.run for series, _ in self._unwritten.values()}
         for run in self._lanes.keys() - busy_runs:
