@@ -1,6 +1,8 @@
 """What is delivered to a store is in it once, and what it cannot take is refused with a fix."""
 
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
@@ -60,6 +62,8 @@ def test_an_event_that_cannot_be_read_is_counted_and_not_asked_for_again(tmp_pat
     without_event = b"\x82\xa3seq\x04\xa6stream\xa1s"
     done = store.ingest("s", 0, [*good, without_event, b"\xc1"])
     assert (done.sequence, done.events, done.unreadable) == (5, 3, 2)
+    (beyond,) = encoded_steps(9, 1, seq=2**64 - 2, loss=0.5)
+    assert store.ingest("s", 5, [beyond]).unreadable == 1
     assert store.ingest("s", 5, encoded_steps(5, 1, seq=5, loss=0.5)).sequence == 6
 
 
@@ -102,10 +106,13 @@ def test_a_row_with_a_value_that_is_no_number_adds_nothing(tmp_path):
         with pytest.raises(OverflowError):
             store.series.add_row(1, 0, 2, 6.0, {"a": 1.0, "b": 10**400})
         store.series.add_row(1, 0, 3, 7.0, {"a": 3.0, "b": True})
+        with pytest.raises(TypeError):
+            store.series.add_row(1, 0, 4.5, 8.0, {"a": 1.0})
         assert store.series.add_row(1, 0, 2**60, 7.0, {"a": 3.0}) == 0
+        assert store.series.add(1, 2**63, "a", 5, 3.0, None) == 0
         assert points_of(store, info_of(store, 1, "b").id) == {1: 2.0, 3: 1.0}
     assert points_of(store, info_of(store, 1, "a").id) == {1: 1.0, 3: 3.0}
-    assert store.series.refused == 1
+    assert store.series.refused == 2
 
 
 def test_a_cut_removes_the_steps_of_its_rank_and_spares_epochs(tmp_path):
@@ -240,3 +247,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(StoreError) as caught:
         Store.open(tmp_path / "file" / "dashboard.sqlite", catalogue=StepPoints)
     assert (caught.value.problem, "may write" in caught.value.fix) == ("refused", True)
+
+
+def test_the_store_imports_neither_the_server_nor_numpy():
+    program = "import evsys_adapters.dashboard.store, sys; print(sorted({'starlette', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -91,6 +91,7 @@ class SqliteDatabase:
             stack.callback(self.close)
             self.execute("PRAGMA journal_mode = WAL")
             self.execute("PRAGMA synchronous = FULL")
+            self.execute("PRAGMA journal_size_limit = 16777216")
             self.execute("PRAGMA temp_store = MEMORY")
             self.execute("PRAGMA cache_size = -32768")
             stack.pop_all()

@@ -55,6 +55,8 @@ class _Head(msgspec.Struct):
     seq: int
 
 
+_MAX_SEQUENCE: Final = (1 << 63) - 1
+"""The largest integer of a column."""
 _decode_head: Final = msgspec.msgpack.Decoder(_Head).decode
 
 
@@ -198,6 +200,9 @@ class Store:
                         unreadable += previous > sequence
                         sequence = max(sequence, previous)
                         continue
+                    if not 0 < envelope.seq <= _MAX_SEQUENCE:
+                        unreadable += 1
+                        continue
                     previous = envelope.seq
                     if previous <= sequence:
                         continue
@@ -264,6 +269,7 @@ class Store:
 def _sequence_of(payload: bytes | memoryview, otherwise: int) -> int:
     """Return the sequence number of an envelope that cannot be read as a whole."""
     try:
-        return _decode_head(payload).seq
+        sequence = _decode_head(payload).seq
     except (msgspec.MsgspecError, RecursionError):
         return otherwise
+    return sequence if 0 < sequence <= _MAX_SEQUENCE else otherwise
