@@ -81,8 +81,9 @@ def measure(points: int, folder: Path) -> None:
     store = store.reopen()
     print(f"opened without a checkpoint in {time.perf_counter() - began:.2f} s")
     store.checkpoint()
-    on_disk, _ = store.database.query("PRAGMA page_count")[0][0] * 4096, store.close()
-    print(f"{on_disk / stored:.1f} bytes per point on disk, {(written_bytes() - before) / stored:.0f} written")
+    size = store.database.query("PRAGMA page_count")[0][0] * store.database.query("PRAGMA page_size")[0][0]
+    store.close()
+    print(f"{size / stored:.1f} bytes per point on disk, {(written_bytes() - before) / stored:.0f} written")
     store = Store.open(folder / "store.sqlite", catalogue=StepMetrics)
     infos = {run: store.series.names(run) for run in range(1, RUNS + 1)}
     for buckets in (500, 2000):

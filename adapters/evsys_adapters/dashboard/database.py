@@ -89,7 +89,10 @@ class SqliteDatabase:
             raise self._store_error(error) from error
         with ExitStack() as stack:
             stack.callback(self.close)
+            self.execute("PRAGMA page_size = 2048")  # 4096 take 8 % more space, and 40 % more is written
             self.execute("PRAGMA journal_mode = WAL")
+            self.execute("PRAGMA wal_autocheckpoint = 4096")
+            self.execute("PRAGMA secure_delete = OFF")  # where it is on, freed pages of the log are written once more
             self.execute("PRAGMA synchronous = FULL")
             self.execute("PRAGMA journal_size_limit = 16777216")
             self.execute("PRAGMA temp_store = MEMORY")
