@@ -39,6 +39,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.adapter import RunAnnotated
+from evsys_bus.events import UnknownEvent
 from support.dashboard_stores import (
     START,
     Delivery,
@@ -346,6 +347,20 @@ class TestRunFacts:
         delivery.send(RunStart(context()))
         Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
         assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
+
+    def test_statuses_of_deliveries_belong_to_the_experiment_of_their_journal(self, store, delivery):
+        def changed(kind, **fields):
+            return UnknownEvent(f"run.{kind}", {"journal": "/runs/lr/journal", **fields})
+
+        delivery.send(RunStart(context()))
+        for pending in (5, 0):
+            delivery.send(
+                changed("delivery_changed", adapter="wandb_logger", status={"state": "live", "pending": pending})
+            )
+        delivery.send(changed("hook_times", rank=0, hooks=[{"callback": "c", "calls": 3}]))
+        status, hooks = store.catalogue.statuses_of(experiment_of(store).id)
+        assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
+        assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
 
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
