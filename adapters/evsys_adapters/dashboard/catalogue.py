@@ -20,6 +20,7 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.logged_values import TRAIN, prefixed
 from evsys_adapters.dashboard import details, evals, hosted_records, records
+from evsys_adapters.dashboard.attempts import Attempts, is_replaced
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.details import Details, JournalStatus
 from evsys_adapters.dashboard.evals import Evals
@@ -84,6 +85,7 @@ class Catalogue:
         """Number of events whose fields did not fit."""
         self.page_rows: Final[dict[int, Any]] = {}
         """What pages have computed of experiments, by their ids."""
+        self._attempts: Final = Attempts()
         self._routes: Final[dict[tuple[str, str | None, object], int]] = {}
         """Runs by what their steps have: stream, key and directory."""
         self._names: Final[dict[str, str]] = {}
@@ -183,6 +185,9 @@ class Catalogue:
         run = self._run_of(envelope, state)
         if not is_step(step):
             self.unreadable_events += 1
+            return 0
+        limit = self._attempts.limit(run, envelope)
+        if limit is not None and step >= limit:
             return 0
         numbers, texts = self._split(event.metrics)
         if numbers:
@@ -295,7 +300,14 @@ class Catalogue:
         if tag not in _NO_PROGRESS:
             run.last = max(envelope.time, run.last or 0.0)
             self.records.touch_progress(run)
-        self._add_context(run, run_context(handle), replace=tag == "run_start")
+        limit = self._attempts.limit(run, envelope)
+        self._add_context(run, run_context(handle), replace=tag == "run_start" and limit is None)
+        if tag == "train_start":
+            step = field(handle, "step")
+            self._attempts.add(run, envelope, step if is_step(step) else 0)
+            self.records.touch(run)
+        if limit is not None and is_replaced(tag, parts, limit):
+            return 0
         handler = self._handlers.get(tag)
         if handler is None:
             self.details.keep_event(run.id, tag, _without_handles(parts), envelope.time)
