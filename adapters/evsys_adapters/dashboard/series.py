@@ -498,8 +498,6 @@ class SeriesStore:
 
     def _replay_change(self, ids: list[int], change: list[Any]) -> None:
         series = [each for each in map(self._find, ids) if each is not None]
-        for each in series:
-            each.heads(self._database)  # its summary lacks what the log has
         if len(change) == 1:
             self._remove_steps(series, change[0])
             return
