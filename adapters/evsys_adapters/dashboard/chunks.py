@@ -8,11 +8,16 @@ begins at a multiple of it.
 import struct
 import zlib
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import msgspec
+
+from evsys_adapters.dashboard.database import StoreError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +72,11 @@ class Chunk:
             self.steps = _joined(known, steps)
             self.values.extend(values)
         else:
-            self._merge(steps, values)
+            later = bisect_right(steps, known[-1])
+            self._merge(steps[:later], values[:later])
+            if later < len(steps):
+                self.steps = _joined(self.steps, steps[later:])
+                self.values.extend(values[later:])
             self._record = None
 
     def cut(self, step: int) -> None:
@@ -85,6 +94,10 @@ class Chunk:
         return self._record
 
     def _merge(self, steps: Steps, values: "array[float]") -> None:
+        start = bisect_left(self.steps, steps[0])
+        if self.steps[start : start + len(steps)] == steps:  # as when a log is applied again
+            self.values[start : start + len(steps)] = values
+            return
         if len(steps) > 32:  # noqa: PLR2004 # sorting once takes less time than that many insertions
             points = dict(zip(self.steps, self.values, strict=True))
             points.update(zip(steps, values, strict=True))
@@ -200,6 +213,21 @@ def record_dtype() -> Any:  # numpy's types of structured arrays say nothing
     )
 
 
+@contextmanager
+def reported_damage() -> Generator[None]:
+    """Raise `StoreError` where the block finds that stored bytes are not what was written."""
+    try:
+        yield
+    except (zlib.error, struct.error, ValueError, msgspec.MsgspecError) as error:
+        raise StoreError(
+            "the database has stored points that cannot be read",
+            problem="corrupt",
+            why=f"{type(error).__name__}: {error}",
+            fix="move the database away and import the journals again, or restore a copy",
+        ) from error
+
+
+@reported_damage()
 def unpack_records(rows: Sequence[tuple[int, bytes]], bits: int, scale: int) -> "tuple[NDArray[Any], NDArray[Any]]":
     """Return the first step of each bucket, and an array of `record_dtype`.
 
@@ -237,11 +265,14 @@ def pack_points(steps: Steps, values: "array[float]") -> bytes:
     return head + body + zlib.compress(_shuffled(values.tobytes(), 8), 1)
 
 
+@reported_damage()
 def unpack_points(body: bytes) -> tuple[Steps, "array[float]"]:
     """Decode what `pack_points` encoded."""
     size, count, first, extra = _HEAD.unpack_from(body)
     at = _HEAD.size + (extra if size else 0)
     values = array("d", _unshuffled(zlib.decompress(body[at:]), 8))
+    if len(values) != count:
+        raise ValueError(f"{len(values)} values instead of {count}")
     if not size:
         return range(first, first + count * extra, extra), values
     steps = array("q", [first])
@@ -250,6 +281,7 @@ def unpack_points(body: bytes) -> tuple[Steps, "array[float]"]:
     return steps, values
 
 
+@reported_damage()
 def point_arrays(body: bytes) -> "tuple[NDArray[Any], NDArray[Any]]":
     """Decode what `pack_points` encoded as arrays: steps (int64), values (float64)."""
     import numpy as np

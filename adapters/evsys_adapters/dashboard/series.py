@@ -26,6 +26,7 @@ from evsys_adapters.dashboard.chunks import (
     compact,
     median_distance,
     pack_points,
+    reported_damage,
     roll_up,
 )
 from evsys_adapters.dashboard.database import Database, Row
@@ -47,8 +48,8 @@ _DENSE_POINTS: Final = 8_192
 """With so many points in a chunk, its scale is too large."""
 _SPARSE_POINTS: Final = 64
 """With fewer points in each of so many chunks, their scale is too small."""
-_PORTION: Final = 64
-"""Chunks that a transaction writes for a checkpoint under way."""
+_PORTION: Final = 16
+"""Chunks that a transaction writes for a checkpoint under way; one for each 200 of its points if that is more."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
@@ -274,6 +275,7 @@ class SeriesStore:
                 [(each.id, each.run, each.rank, each.name, each.scale) for each in self._new],
             )
             self._new = []
+        logged = self._log_points
         if self._pending:
             self._apply()
             self._log()
@@ -283,9 +285,9 @@ class SeriesStore:
         ):
             self._checkpoint = list(self._unwritten), self._log_id, self._log_points
         if self._checkpoint is not None:
-            rows = self._checkpoint[0]
-            self._due.update(rows[-_PORTION:])
-            del rows[-_PORTION:]
+            rows, portion = self._checkpoint[0], max(_PORTION, (self._log_points - logged) // 200)
+            self._due.update(rows[-portion:])
+            del rows[-portion:]
         self._write(self._due)
         self._due = set()
         if self._checkpoint is not None and not self._checkpoint[0]:
@@ -489,16 +491,15 @@ class SeriesStore:
         with self._database.transaction():
             for log_id, body in self._database.query("SELECT id, body FROM log ORDER BY id"):
                 self._log_id = log_id
-                for ids, *change in _decode(body):
-                    self._replay_change(ids, change)
+                with reported_damage():
+                    for ids, *change in _decode(body):
+                        self._replay_change(ids, change)
             self._write(self._due)
             self._due = set()
         self._changes = Changes()
 
     def _replay_change(self, ids: list[int], change: list[Any]) -> None:
         series = [each for each in map(self._find, ids) if each is not None]
-        for each in series:
-            each.heads(self._database)  # its summary lacks what the log has
         if len(change) == 1:
             self._remove_steps(series, change[0])
             return
