@@ -502,16 +502,29 @@ class TestPredictions:
             "searched": 10,
         }
 
+    def test_a_search_finds_texts_with_quotes_and_no_names_of_fields(self, store, delivery):
+        rows = [{"output": 'he "said" \\ so'}, {"said": 1}, {"metadata": {"a": "deep Word"}}, {"output": "é" * 500}]
+        delivery.send(BenchmarkEval(context(), EvalResult("gsm"), rows))
+        (row,) = store.catalogue.evals.of_run(only_run(store))
+        ids = [row.id << 24 | n for n in range(4)]
+        expected = {'"SAID" \\': [ids[0]], "said": [ids[0]], "word": [ids[2]], "É" * 400: [ids[3]]}
+        for text, found in expected.items():
+            page = store.catalogue.evals.predictions(row.id, filter={"text": text})
+            assert [each["id"] for each in page["rows"]] == found, text
+
     def test_a_search_without_a_match_ends_after_fifty_thousand_and_goes_on_from_there(self, store, delivery):
         rows = [{"task_id": n, "reward": 0.0} for n in range(50_010)] + [{"task_id": "last", "reward": 1.0}]
         evals = store.catalogue.evals
         delivery.send(StepEnd(state_of(context()), 0))
         with store.transaction():
             id_ = evals.add(only_run(store), 0, "benchmark", "big", None, START, {}, rows)
-        for conditions in ({"min_reward": 0.5}, {"text": "last"}):
-            page = evals.predictions(id_, limit=5, filter=conditions)
-            assert (page["rows"], page["searched"]) == ([], 50_000)
-            page = evals.predictions(id_, page["next"], limit=5, filter=conditions)
+        for conditions, ends in (({"min_reward": 0.5}, [50_000]), ({"text": "LAST"}, [20_000, 40_000])):
+            after = None
+            for end in ends:
+                page = evals.predictions(id_, after, limit=5, filter=conditions)
+                assert (page["rows"], page["searched"]) == ([], end)
+                after = page["next"]
+            page = evals.predictions(id_, after, limit=5, filter=conditions)
             assert ([row["task_id"] for row in page["rows"]], page["next"], page["searched"]) == (
                 ["last"],
                 None,
