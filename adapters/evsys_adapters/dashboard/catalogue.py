@@ -251,7 +251,10 @@ class Catalogue:
     # -- identity
 
     def _run_of(self, envelope: Envelope, handle: object) -> RunRecord:
-        """Return the run of an event; a new one if there is none."""
+        """Return the run of an event; a new one if there is none.
+
+        The first state of a stream has the whole context, if nothing before it had.
+        """
         key = (envelope.stream, envelope.run, field(handle, "output_dir"))
         known = self._routes.get(key)
         if known is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
@@ -263,6 +266,7 @@ class Catalogue:
                 run.rank = envelope.rank
             self._routes[key] = run.id
             self.records.name("run key", run.key, run.id)
+            self._add_context(run, run_context(handle), replace=False)
         return run
 
     def _forget_routes(self, envelope: Envelope) -> None:
