@@ -70,6 +70,16 @@ def run_of(store):
     return run
 
 
+def run_named(store, key):
+    (run,) = [
+        run.id
+        for each in store.catalogue.records.experiments()
+        for run in store.catalogue.records.runs(each.id)
+        if run.key == key
+    ]
+    return run
+
+
 def experiment_of(store):
     (record,) = store.catalogue.records.experiments()
     return record
@@ -395,6 +405,15 @@ class TestRunFacts:
         assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
         assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
 
+    def test_an_annotation_belongs_to_the_run_of_its_time_where_two_have_the_name(self, store):
+        for root, start in (("/runs/old", START), ("/runs/new", START + 1_000)):
+            train(Delivery(store, f"r0-{start}", start=start), context(root))
+        for time in (START + 10, START + 1_010):
+            Delivery(store, f"c0-{time}", start=time).send(RunAnnotated("a-s0", {"url": time}))
+        experiments = store.catalogue.records.experiments()
+        urls = [run.extras["url"] for each in experiments for run in store.catalogue.records.runs(each.id)]
+        assert urls == [START + 10, START + 1_010]
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(
@@ -407,7 +426,7 @@ class TestRunFacts:
             StepEnd(state, 2, metrics={"loss": 2.0}),
         )
         assert store.catalogue.unreadable_events
-        assert points(store, store.catalogue.records.find("run key", "a-s0"), "train/loss") == {2: 2.0}
+        assert points(store, run_of(store).id, "train/loss") == {2: 2.0}
 
 
 CONFIG = {
@@ -459,7 +478,7 @@ class TestPredictions:
     def send(self, store, delivery, count=10, right=lambda n: n % 2 == 0, key="a-s0"):
         ctx = context(key=key)
         delivery.send(BenchmarkEval(ctx, EvalResult("gsm", "b1", {"pass": 0.5}), self.predictions(count, right)))
-        (row,) = store.catalogue.evals.of_run(store.catalogue.records.find("run key", key))
+        (row,) = store.catalogue.evals.of_run(run_named(store, key))
         return row
 
     def test_pages_follow_one_another_without_gap(self, store, delivery):
