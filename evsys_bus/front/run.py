@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self, cast
 import msgspec
 
 from evsys_bus.bus import EventBus
+from evsys_bus.bus.lifecycle import status_of
 from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
 from evsys_bus.context import (
@@ -298,7 +299,7 @@ class Run(ContentLogger):
 
     def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
         try:
-            self.finish(_status_of(error), error)
+            self.finish(status_of(error), error)
         finally:
             self._stack.__exit__(None if error is None else type(error), error, None)
 
@@ -359,7 +360,7 @@ class Run(ContentLogger):
             self._stack.enter_context(activated(self))
         except BaseException as error:
             with suppress(Exception):  # the error that counts is the first one
-                self.finish(_status_of(error), error)
+                self.finish(status_of(error), error)
             self._stack.__exit__(type(error), error, None)
             raise
         return self
@@ -469,7 +470,7 @@ class Run(ContentLogger):
     def end_implied(self, error: BaseException | None) -> None:
         """End the run because its bus is left."""
         try:
-            self.finish(_status_of(error), error, implied=True)
+            self.finish(status_of(error), error, implied=True)
         finally:
             self._stack.close()
 
@@ -579,15 +580,6 @@ def find_run(pid: int, number: int, path: Path) -> Run:
     run = Run(EventBus(), state)
     run.is_forked = True
     return run
-
-
-def _status_of(error: BaseException | None) -> Status:
-    import asyncio  # the bus has imported it
-
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "completed"
-    is_request = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError)
-    return "cancelled" if is_request else "failed"
 
 
 def _to_row(metrics: Any) -> Row:
