@@ -10,10 +10,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,6 +46,7 @@ from evsys_bus.front.media import store_content
 from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters
+from support.http_server import HttpServer
 from support.journals import read_envelopes
 
 pytestmark = [
@@ -356,24 +355,16 @@ async def test_errors_show_no_password_of_a_uri(tmp_path, journal, monkeypatch, 
     [(401, ParkedError), (403, ParkedError), (404, ParkedError), (429, RetryLaterError), (502, RetryLaterError)],
 )
 async def test_what_a_server_answers_decides_what_happens(tmp_path, journal, status, error, store):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_error(status)
+    class Refusing(HttpServer):
+        def respond(self, request):
+            return status, b"", {}
 
-        def do_POST(self):
-            self.do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with Refusing() as server:
         record(journal, training(tmp_path))
-        logger = sink(f"http://127.0.0.1:{server.server_port}")
+        logger = sink(server.url)
         await logger.open()
         with pytest.raises(error, match="MLflow at 127.0.0.1"):
             await logger.write(read_envelopes(journal))
-        server.shutdown()
 
 
 def samples(journal):
