@@ -47,7 +47,7 @@ from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters
 from support.http_server import HttpServer
-from support.journals import read_envelopes
+from support.journals import read_envelopes, read_records, record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # those of MLflow and its packages
@@ -130,12 +130,6 @@ def training(folder, steps=range(3), key="ppo", *, status="completed", error=Non
     yield Checkpoint(state, ManifestRow("final", steps[-1], state_path="/weights/final"))
     yield TrainEnd(state, LoopArtifacts())
     yield RunEnd(ctx, RunResult(status=status, error=error), ArmResult(key, status=status, error=error))
-
-
-def record(journal, events):
-    with EventBus([], journal=journal) as bus:
-        for each in events:
-            bus.publish(each)
 
 
 def sink(store, **params):
@@ -315,7 +309,7 @@ def test_a_courier_process_sends_samples_of_the_machine_apart_from_the_training(
             if isinstance(event, StepEnd) and event.step_idx == 2:
                 event.state.step = 2
                 until = time.monotonic() + 20
-                while not samples(tmp_path / "journal"):
+                while not read_records(tmp_path / "journal", family="s"):
                     assert time.monotonic() < until
                     time.sleep(0.01)
     run = only_run(store)
@@ -365,11 +359,6 @@ async def test_what_a_server_answers_decides_what_happens(tmp_path, journal, sta
         await logger.open()
         with pytest.raises(error, match="MLflow at 127.0.0.1"):
             await logger.write(read_envelopes(journal))
-
-
-def samples(journal):
-    reader = JournalReader(journal)
-    return [record for stream in reader.streams("s") for record in reader.read(stream)]
 
 
 async def test_a_run_that_was_deleted_is_created_anew(store, tmp_path, journal):

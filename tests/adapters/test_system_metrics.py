@@ -37,6 +37,7 @@ from evsys_bus.journal import JournalReader, verify
 from evsys_bus.testing import RecordingSink, conformance
 from support import wandb_server as wandb
 from support.couriers import counted, deliver
+from support.journals import read_records
 
 THREAD = "evsys-bus:system_metrics"
 
@@ -52,11 +53,6 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def samples(journal):
-    reader = JournalReader(journal)
-    return [record for stream in reader.streams("s") for record in reader.read(stream)]
-
-
 def train(bus, folder, *, steps=3, samples_at=(), journal=None):
     ctx = LogContext(folder).for_run("ppo")
     state = LoopState(0, steps, ctx.run_dir, ctx=ctx)
@@ -66,8 +62,8 @@ def train(bus, folder, *, steps=3, samples_at=(), journal=None):
         state.step = step
         bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 1.0}))
         if step in samples_at:
-            before = len(samples(journal))
-            wait_for(lambda before=before: len(samples(journal)) > before + 1)
+            before = len(read_records(journal, family="s"))
+            wait_for(lambda before=before: len(read_records(journal, family="s")) > before + 1)
     bus.publish(TrainEnd(state, LoopArtifacts()))
     bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
 
@@ -174,7 +170,7 @@ async def test_a_followed_callback_has_a_hook_for_them(tmp_path, journal):
 async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
     with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
         train(bus, tmp_path, samples_at=[0], journal=journal)
-    assert samples(journal)
+    assert read_records(journal, family="s")
     await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
 
@@ -210,7 +206,7 @@ def test_the_thread_runs_while_a_run_is_open_and_ends_with_it(tmp_path, journal)
         bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
         wait_for(lambda: not sampling_threads())
         bus.publish(RunStart(ctx))  # resumed in the same process
-        wait_for(lambda: samples(journal))
+        wait_for(lambda: read_records(journal, family="s"))
     assert not sampling_threads()
 
 
@@ -227,8 +223,8 @@ def test_two_runs_at_once_have_samples_of_their_own(tmp_path, journal):
         for key in ("a", "b"):
             bus.publish(RunStart(LogContext(tmp_path).for_run(key)))
         assert len(sampling_threads()) == 1
-        wait_for(lambda: len(samples(journal)) >= 4)
-    payloads = b"".join(each.payload for each in samples(journal))
+        wait_for(lambda: len(read_records(journal, family="s")) >= 4)
+    payloads = b"".join(each.payload for each in read_records(journal, family="s"))
     assert payloads.count(b"cpu/percent") >= 4
 
 
@@ -236,7 +232,7 @@ async def test_a_loop_without_a_run_start_is_sampled_too(tmp_path, journal):
     state = LoopState(0, 3, tmp_path / "alone")
     with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
         bus.publish(TrainStart(state))
-        wait_for(lambda: samples(journal))
+        wait_for(lambda: read_records(journal, family="s"))
         bus.publish(TrainEnd(state, LoopArtifacts()))
         wait_for(lambda: not sampling_threads())
     seen = RecordingSink()

@@ -27,7 +27,7 @@ from evsys_bus.events import Alert, Summary
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
 from support.http_server import HttpServer
-from support.journals import read_envelopes
+from support.journals import read_envelopes, record
 
 PATH = "/services/T0/B0/nobody-may-see-this"
 
@@ -84,12 +84,6 @@ def failing_run(folder, *, error="CUDA out of memory at https://user:hunter2@hos
     yield StepEnd(state, 1, TrainingBatch(), {"loss": float("nan"), "lr": 0.25})
     yield TrainEnd(state, LoopArtifacts())
     yield RunEnd(ctx, RunResult(status="failed", error=error), ArmResult("ppo", status="failed", error=error))
-
-
-def record(journal, events):
-    with EventBus([], journal=journal) as bus:
-        for each in events:
-            bus.publish(each)
 
 
 def test_a_failed_run_is_posted_with_its_error_duration_and_last_metrics(receiver, tmp_path):
