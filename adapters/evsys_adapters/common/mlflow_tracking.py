@@ -279,7 +279,7 @@ class TrackingClient:
 
         Raises:
             TrackingRefusedError: The request is rejected permanently.
-            ParkedError: Somebody has to fix something first.
+            ParkedError: The server, the address or the credentials have to be corrected first.
             RetryLaterError: The server is away or busy.
         """
         try:
