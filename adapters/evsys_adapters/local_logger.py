@@ -112,6 +112,8 @@ class LocalLoggerCallback(Callback):
     experiment ``experiment-2.md``; a WARNING names the folder. An adapter with a new name continues in the folder of
     one that is no longer subscribed.
 
+    Behind a courier it also logs the samples of `SystemMetricsCallback`.
+
     Results may be of any class: missing fields are omitted. Rows that the disk refuses stay in memory, up to 16 MiB
     for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
     files are rewound to the last `mark`.
@@ -245,6 +247,16 @@ class LocalLoggerCallback(Callback):
         logs.add_alert({"time": self.event.time, **row})
         if self._config.print_every:
             self._lines.print(alert_line(level, row["title"], row["text"]), level=level)
+
+    def on_system_metrics(self, ctx: LogContext, values: dict[str, float], step: int | None) -> None:
+        """Log a sample of the machine; it may come before the run's start or after its end."""
+        key = ranked_key(run_id(ctx), rank_of_event(self.event))
+        is_open, run = key in self._runs.open, self._run(ctx)
+        head = {"time": self.event.time, "step": step}
+        run.logs.add_sample(self.event, head | _prefix_taken(values, "values", head))
+        if not is_open:
+            run.logs.flush()
+            self._remove_run(key)
 
     def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
         """Log the epoch's metrics."""

@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evsys_adapters import (
     CsvMetricsCallback,
+    LocalLoggerCallback,
     SystemMetricsCallback,
     TensorBoardLoggerCallback,
     WandbLoggerCallback,
@@ -21,6 +23,9 @@ from evsys_adapters.system_metrics import Machine, SystemMetrics, open_nvml
 from evsys_bus import (
     Callback,
     EventBus,
+    ExperimentEnd,
+    ExperimentResult,
+    ExperimentStart,
     LogContext,
     LoopState,
     RunEnd,
@@ -34,10 +39,12 @@ from evsys_bus import (
 from evsys_bus.context import ArmResult, LoopArtifacts
 from evsys_bus.errors import ConfigError
 from evsys_bus.journal import JournalReader, verify
+from evsys_bus.journal.layout import cursor_path
 from evsys_bus.testing import RecordingSink, conformance
 from support import wandb_server as wandb
 from support.couriers import counted, deliver
-from support.journals import read_records
+from support.files import read_json_lines
+from support.journals import read_envelopes, read_records
 
 THREAD = "evsys-bus:system_metrics"
 
@@ -173,6 +180,61 @@ async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
     assert read_records(journal, family="s")
     await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+def sampled_rows(folder):
+    return read_json_lines(folder / "ppo" / "logs" / "system_metrics.jsonl")
+
+
+def lose(path):
+    Path(path).unlink()
+
+
+def local_logger():
+    return LocalLoggerCallback(print_every=0)
+
+
+async def test_local_logger_has_each_sample_once_apart_from_the_training(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1], journal=journal)
+    assert counted(await deliver(journal, local_logger()))[1:] == (0, 0)
+    recorded, rows = read_envelopes(journal, family="s"), sampled_rows(tmp_path)
+    assert [row["time"] for row in rows] == [each.time for each in recorded]
+    assert [{"time": each.time, "step": each.event.step, **each.event.values} for each in recorded] == rows
+    assert len(read_json_lines(tmp_path / "ppo" / "logs" / "training" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("lost", ["cursor", "cursor and note"])
+async def test_a_sample_that_is_delivered_again_is_no_second_row_of_local_logger(tmp_path, journal, lost):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1], journal=journal)
+    await deliver(journal, local_logger())
+    rows = sampled_rows(tmp_path)
+    lose(cursor_path(journal, "it"))
+    if lost == "cursor and note":
+        lose(tmp_path / "ppo" / "logs" / ".at")
+    await deliver(journal, local_logger())
+    assert sampled_rows(tmp_path) == rows
+
+
+async def test_samples_of_steps_that_are_run_again_stay_with_local_logger(tmp_path, journal):
+    for _ in range(2):
+        with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+            train(bus, tmp_path, samples_at=[0], journal=journal)
+        await deliver(journal, local_logger())
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
+    assert len(read_json_lines(tmp_path / "ppo" / "logs" / "training" / "metrics.jsonl")) == 3
+
+
+async def test_local_logger_has_samples_that_come_after_the_end_of_their_experiment(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        bus.publish(ExperimentStart(LogContext(tmp_path)))
+        train(bus, tmp_path, samples_at=[0], journal=journal)
+        bus.publish(ExperimentEnd(LogContext(tmp_path), ExperimentResult("lab")))
+    await deliver(journal, local_logger(), slice_seconds=0.0)
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
+    await deliver(journal, local_logger(), name="another")
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
