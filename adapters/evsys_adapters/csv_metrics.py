@@ -292,10 +292,13 @@ class _RunTable:
             self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
-        action = self._append_unless_present if self.state.is_matching else self._append
-        if not self.state.is_matching and self.state.record_step():
+        size = sum(map(len, cells)) + sum(map(len, cells.values()))
+        if self.state.is_matching:
+            self.backlog.write(lambda: self._append_unless_present(step, cells), size)
+            return
+        if self.state.record_step():
             self.backlog.write(lambda: self._open().cut(step, cells), 0)
-        self.backlog.write(partial(action, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
+        self.backlog.write(lambda: self._open().append(step, cells), size)
 
     def close(self) -> None:
         if self._table is not None:
@@ -306,9 +309,6 @@ class _RunTable:
     def _begin(self, first_step: int) -> None:
         if self._matcher.start_training(first_step):
             self._open().cut(first_step)
-
-    def _append(self, step: int, cells: dict[str, str]) -> None:
-        self._open().append(step, cells)
 
     def _append_unless_present(self, step: int, cells: dict[str, str]) -> None:
         table = self._open()
