@@ -2,7 +2,7 @@
 
 On the wire an envelope is one map, the same in msgpack and JSON:
 ``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``. The last
-three are present only if not empty, and the last two only for event classes defined outside the library: they tell
+three are present only if not empty, and the last two only for event classes defined outside the library: they show
 processes without the class which fields are handles, and which ones the hook takes by keyword.
 """
 
@@ -293,8 +293,8 @@ _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
 def json_line(row: Mapping[str, Any], redaction: Redaction | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
     """Encode one row as a JSON object, without the newline. Never raises.
 
-    A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
-    a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
+    A value that JSON cannot represent is replaced, for the reason under the key ``replaced``. NaN and infinities become
+    null, and the key ``nonfinite`` names them. Keys of these names that the row already has are not overwritten.
 
     Args:
         row: Text keys and values of any type.

@@ -105,7 +105,7 @@ def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
 
 
 _STREAMS_READ: Final = 2
-"""The newest streams, and segments of each: that of the killed process, and the one that has just begun."""
+"""The newest streams, and segments of each: that of the killed process, and the one that has just started."""
 
 
 class RowMerger:

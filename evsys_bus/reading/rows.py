@@ -9,7 +9,7 @@ from evsys_bus.context import EvalResult, ManifestRow
 from evsys_bus.reading.recorded_run import MetricSeries, RecordedEval, State
 
 MAX_STEPS: Final = 1 << 62
-"""A number of steps from here on is no request, but stands for no end."""
+"""A number of steps from here on is no request, but means without end."""
 
 
 class MetricColumn:
@@ -85,7 +85,7 @@ class RankRecord:
         self.status, self.error, self.end_event = None, None, None
 
     def cut(self, first_step: int) -> None:
-        """Drop what an earlier training has from this step on: the one that starts makes it anew."""
+        """Drop what an earlier training has from this step on: the one that starts creates it again."""
         for column in (self.times, *self.metrics.values()):
             column.cut(first_step)
         self.evals = [each for each in self.evals if each.step is not None and each.step < first_step]
