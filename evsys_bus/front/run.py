@@ -16,6 +16,7 @@ import msgspec
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
+from evsys_bus.codec.scalars import are_known_keys
 from evsys_bus.context import (
     ArmResult,
     LogContext,
@@ -143,15 +144,21 @@ class Run(ContentLogger):
             step = _whole(step)
         if step >= self._next_step:
             self._next_step = step + 1
-        if not (PLAIN.issuperset(map(type, part.values())) and _TEXT.issuperset(map(type, part))):
+        has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
+        if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
         complete, is_complete = self._row.add(step, part, commit=commit)
-        for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._publish_row(row_step, row)
-        if not is_complete:
-            if self._row_merger is None:
-                self._merge_rows_of_others()
-            self.bus.publish(Metrics(self.state, step, part))
+        if is_complete:
+            self._publish_rows(complete)
+            return
+        if self._row_merger is None:
+            self._merge_rows_of_others()
+        event = Metrics(self.state, step, part)
+        if complete:  # before the part, so that a run has one open row on record at most
+            row_step, row = complete[0]
+            self._publish_row(row_step, row, event)
+        else:
+            self.bus.publish(event)
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
@@ -504,11 +511,16 @@ class Run(ContentLogger):
         for step, metrics in rows:
             self._publish_row(step, metrics)
 
-    def _publish_row(self, step: int, row: Row) -> None:
+    def _publish_row(self, step: int, row: Row, next_part: Metrics | None = None) -> None:
         self._last_metrics = row
         event = StepEnd(self.state, step, _NO_BATCH, row)
+        if self._row_merger is not None:
+            self._row_merger.own_row = row
         try:
-            self.bus.publish(event)
+            if next_part is None:
+                self.bus.publish(event)
+            else:
+                self.bus.publish_row(event, next_part)
         except BaseException:
             merger = self._row_merger
             if merger is not None and merger.last_row is not row:
