@@ -220,11 +220,7 @@ class EventBus:
 
     def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
         """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
-        next_parts = self._publisher.next_parts
-        if next_parts is None or type(self).publish is not EventBus.publish:
-            self.publish(row)
-            self.publish(next_part)
-            return
+        next_parts = self._publisher.next_parts if type(self).publish is EventBus.publish else {}
         next_parts[id(row)] = next_part
         try:
             self.publish(row)

@@ -106,8 +106,8 @@ class Publisher:
         self._token_recovery = TokenRecovery(
             self._tokens, self._stack_reader.find_holders, lambda: sum(self.dispatches.published_counts().values())
         )
-        self.next_parts: dict[int, Metrics] | None = None
-        """That of the recorder, while no callback has a hook for parts; see `EventBus.publish_row`."""
+        self.next_parts: dict[int, Metrics] = {}
+        """That of the recorder while no callback has a hook for parts, else one that nothing takes parts from."""
         self._recompile()
         _publishers.add(self)
 
@@ -432,7 +432,7 @@ class Publisher:
         if not is_open:
             self.dispatches.retire_all()
         has_part_hooks = any(find_hook(each, Metrics) is not None for each in self.callbacks)
-        self.next_parts = None if self.recorder is None or has_part_hooks else self.recorder.next_parts
+        self.next_parts = {} if self.recorder is None or has_part_hooks else self.recorder.next_parts
         if is_open:  # compile events of the end of a run now: it may end because of a lack of memory
             self.dispatches.dispatch_of.update({each: self._compile_dispatch(each) for each in RECORDED_BEFORE_HOOKS})
         self._set_publish(compiled.publish)

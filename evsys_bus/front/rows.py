@@ -2,15 +2,15 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
 from evsys_bus.delivery.open_rows import OpenRows
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader, OsDisk, layout
 
@@ -73,6 +73,19 @@ class OpenRow:
             self.step = None
             self.unpublished.extend(complete)
         return complete
+
+
+def to_row(metrics: Any) -> Row:
+    """Return metrics as a row.
+
+    Raises:
+        TrainingError: They are no mapping.
+    """
+    if isinstance(metrics, Mapping):
+        return dict(cast("Mapping[str, Any]", metrics))
+    raise TrainingError(
+        f"the metrics are {metrics!r:.80}, which is no mapping", fix='give numbers by name: run.log({"loss": 0.5})'
+    )
 
 
 def is_recorded(bus: EventBus, run: str, step: int) -> bool:
