@@ -19,7 +19,7 @@ from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, ha
 from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
 from evsys_bus.codec.redact import Redaction, current_redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
-from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
+from evsys_bus.codec.step_template import LastPart, RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
 from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, event_tag, is_shipped
 from evsys_bus.printable import escape_controls
@@ -98,6 +98,7 @@ def event_encoder(
     run_of: Callable[[Event], str | None],
     redaction: Redaction = _DEFAULT_REDACTION,
     needs_context: Callable[[Any], bool] | None = None,
+    last_part: LastPart | None = None,
 ) -> Callable[[Event, int, float], bytes]:
     """Return a function that encodes events of one type in one stream, given the event, its sequence number and time.
 
@@ -112,6 +113,7 @@ def event_encoder(
         redaction: See `encode`.
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
             Called whenever a state has changed since the last step.
+        last_part: Given to the encoders of `StepEnd` and `Metrics` of one stream.
     """
     encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES, log_replacements=True)
     if not issubclass(event_type, StepEnd | Metrics):
@@ -122,7 +124,7 @@ def event_encoder(
         )
     return cast(
         "Callable[[Event, int, float], bytes]",
-        step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction, event_type),
+        step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction, event_type, last_part),
     )
 
 

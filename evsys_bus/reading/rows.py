@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from evsys_bus.context import EvalResult, ManifestRow
-from evsys_bus.reading.recorded_run import MetricSeries, RecordedEval, State
+from evsys_bus.reading.recorded_run import MetricSeries, RecordedEpoch, RecordedEval, State
 
 MAX_STEPS: Final = 1 << 62
 """A number of steps from here on is no request, but means without end."""
@@ -62,6 +62,8 @@ class RankRecord:
         self.evals: list[RecordedEval] = []
         self.benchmarks: list[EvalResult] = []
         self.checkpoints: list[ManifestRow] = []
+        self.epochs: dict[int, tuple[int, RecordedEpoch]] = {}
+        """By number, each with the step at its end."""
         self.streams: Final[dict[str, None]] = {}
         """In order."""
         self.trains = False
@@ -90,6 +92,7 @@ class RankRecord:
             column.cut(first_step)
         self.evals = [each for each in self.evals if each.step is not None and each.step < first_step]
         self.benchmarks = [each for each in self.benchmarks if each.step is not None and each.step < first_step]
+        self.epochs = {number: each for number, each in self.epochs.items() if each[0] < first_step}
         self.checkpoints = [each for each in self.checkpoints if to_step(each.batch, 0) < first_step]
 
 
