@@ -110,6 +110,7 @@ def test_the_list_of_experiments_has_counts_progress_and_a_headline_with_its_cur
         "rule": "success metric",
         "value": 1.0,
         "arm": "low",
+        "spark_name": "train/loss",
         "spark": [3.0, 2.0, 1.0],
     }
     assert row["last_event"] == delivery.time - 1
@@ -125,6 +126,13 @@ def test_a_row_of_the_list_changes_with_its_events_and_when_a_run_stalls(store, 
     delivery.send(StepEnd(state_of(arm_context(ctx, "low", 0)), 1, metrics={"loss": 1.0}))
     (row,) = pages.home(store, last + 71)["experiments"]
     assert (row["state"], row["headline"]["value"]) == ("running", 1.0)
+
+
+def test_long_texts_are_cut_in_the_list_and_whole_on_the_page(store, delivery):
+    start(delivery, {**CONFIG, "metadata": {"hypothesis": "h" * 100_000, "tags": ["t" * 1_000] * 3}})
+    (row,) = pages.home(store, NOW)["experiments"]
+    assert (len(row["hypothesis"]), [len(tag) for tag in row["tags"]]) == (300, [300])
+    assert len(page_of(store)["hypothesis"]) == 100_000
 
 
 def test_failed_runs_come_first_and_do_not_count_for_their_arm(store, delivery):
@@ -214,6 +222,21 @@ class TestHeadlines:
         page = page_of(store)
         assert page["headlines"][0]["name"] == "gsm/accuracy"
         assert page["runs"][0]["values"] == [0.75]
+
+    def test_until_the_deciding_metric_is_there_the_next_one_marks_an_arm(self, store, delivery):
+        ctx = start(delivery, {**CONFIG, "success_metric": {"name": "gsm/accuracy"}})
+        for arm, loss in (("low", 2.0), ("high", 1.0)):
+            train(delivery, arm_context(ctx, arm, 0), [loss, loss])
+        assert [arm["winner"] for arm in page_of(store)["arms"]] == [False, True]
+        for arm, accuracy in (("low", 0.9), ("high", 0.5)):
+            delivery.send(
+                BenchmarkEval(arm_context(ctx, arm, 0), EvalResult("gsm", metrics={"accuracy": accuracy}), [])
+            )
+        assert [arm["winner"] for arm in page_of(store)["arms"]] == [True, False]
+        (row,) = pages.home(store, NOW)["experiments"]
+        headline = row["headline"]
+        assert (headline["name"], headline["value"], headline["arm"]) == ("gsm/accuracy", 0.9, "low")
+        assert (headline["spark_name"], headline["spark"]) == ("train/loss", [2.0, 2.0])
 
     def test_a_value_that_is_nan_is_null_and_counted(self, store, delivery):
         for key, loss in (("a-s0", 1.0), ("a-s1", math.nan)):

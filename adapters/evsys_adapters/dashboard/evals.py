@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, cast
 
 import msgspec
 
+from evsys_adapters.common.logged_values import text_of
 from evsys_adapters.dashboard.database import Database
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS evaluation (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, rank INTEGER NOT NULL,
@@ -33,6 +34,8 @@ _MAX_INLINE: Final = 256
 """Longer texts are stored apart."""
 _PREVIEW: Final = 300
 _MAX_SEARCHED: Final = 50_000
+_MAX_COMPARED: Final = 20_000
+"""With a text, of which each comparison takes some microseconds."""
 _BATCH: Final = 500
 _decode: Final = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -72,7 +75,7 @@ class PredictionPage(TypedDict):
     next: int | None
     """Pass it as ``after`` for the next page; None at the end."""
     searched: int
-    """How many predictions were compared with the filter."""
+    """How many of the eval's predictions, from the first one on, were searched up to the end of this page."""
 
 
 class Evals:
@@ -106,7 +109,7 @@ class Evals:
         self._database.execute(
             "INSERT INTO evaluation (id, run, rank, kind, name, benchmark, step, time, predictions, body) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(id_, run, rank, kind, name, benchmark, step, time, count, encode_json(body).decode()),
+            *(id_, run, rank, kind, name, benchmark, step, time, count, json_text(body)),
         )
         return id_
 
@@ -206,30 +209,30 @@ class Evals:
         """
         conditions = filter or {}
         where, args = _conditions(conditions)
+        text = conditions.get("text")
+        search = _TextSearch(self._database, text) if text else None
         first, last = _range(id_)
-        position = first - 1 if after is None else after
+        count = self._database.query(
+            "SELECT COALESCE(MAX(id), ?) FROM prediction WHERE id BETWEEN ? AND ?", *(first - 1, first, last)
+        )
+        last = int(count[0][0])
+        position = first - 1 if after is None else max(after, first - 1)
+        end = min(last, position + (_MAX_SEARCHED if search is None else _MAX_COMPARED))
+        size = limit if search is None else _BATCH
         rows: list[dict[str, Any]] = []
-        searched = 0
-        text = conditions.get("text", "").casefold()
-        while len(rows) < limit:
-            size = min(_BATCH, _MAX_SEARCHED - searched) if text else limit
+        while position < end and len(rows) < limit:
             found = self._database.query(
                 f"SELECT a.id, a.body FROM prediction a WHERE a.id > ? AND a.id <= ?{where} ORDER BY a.id LIMIT ?",  # noqa: S608 # no input
-                *(position, last, *args, size),
+                *(position, end, *args, size),
             )
-            for row, body in found:
+            for row, body in found if search is None else search.matches(found):
                 position = row
-                searched += 1
-                stored = _decode(body)
-                if not text or any(text in each.casefold() for each in self._texts(stored)):
-                    rows.append(self._preview(row, stored))
-                    if len(rows) == limit:
-                        break
-            if len(found) < size and len(rows) < limit:
-                return {"rows": rows, "next": None, "searched": searched}
-            if not text or searched >= _MAX_SEARCHED:
-                break
-        return {"rows": rows, "next": position, "searched": searched}
+                rows.append(self._preview(row, _decode(body)))
+                if len(rows) == limit:
+                    break
+            else:
+                position = found[-1][0] if len(found) == size else end
+        return {"rows": rows, "next": position if position < last else None, "searched": position - first + 1}
 
     def prediction(self, id_: int) -> dict[str, Any] | None:
         """Return a prediction with all its texts, or None."""
@@ -254,13 +257,6 @@ class Evals:
         rows = self._database.query("SELECT body FROM long_text WHERE digest = ?", digest)
         return str(rows[0][0]) if rows else ""
 
-    def _texts(self, stored: Mapping[str, Any]) -> Iterator[str]:
-        for value in stored["fields"].values():
-            if isinstance(value, str):
-                yield value
-        for digest in stored.get("long", {}).values():
-            yield self._long_text(digest)
-
     def _preview(self, id_: int, stored: dict[str, Any]) -> dict[str, Any]:
         row = {"id": id_, **stored["fields"]}
         lengths: dict[str, int] = {}
@@ -281,6 +277,44 @@ class Evals:
             text = self._long_text(digest)
             row[name] = msgspec.json.decode(text) if name in encoded and text else text
         return row
+
+
+class _LongTexts(msgspec.Struct):
+    long: dict[str, str] = {}
+
+
+_decode_long: Final = msgspec.json.Decoder(_LongTexts).decode
+
+
+class _TextSearch:
+    """Finds the stored predictions in which a text occurs, in any case."""
+
+    def __init__(self, database: Database, text: str) -> None:
+        self._database: Final = database
+        self._text: Final = text.casefold()
+        self._encoded: Final = json_text(text)[1:-1].casefold()
+        """As it stands in a body."""
+        self._known: Final[dict[str, bool]] = {}
+        """By the digests of long texts."""
+
+    def matches(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str]]:
+        """Yield the matching rows of a batch."""
+        long = [[*_decode_long(body).long.values()] for _, body in rows]
+        unknown = list(dict.fromkeys(digest for digests in long for digest in digests if digest not in self._known))
+        for start in range(0, len(unknown), _BATCH):
+            part = unknown[start : start + _BATCH]
+            marks = ", ".join("?" * len(part))
+            found = self._database.query(f"SELECT digest, body FROM long_text WHERE digest IN ({marks})", *part)  # noqa: S608 # marks only
+            self._known.update((digest, self._text in body.casefold()) for digest, body in found)
+        for (row, body), digests in zip(rows, long, strict=True):
+            if any(self._known.get(digest) for digest in digests) or self._is_in_fields(body):
+                yield row, body
+
+    def _is_in_fields(self, body: str) -> bool:
+        if self._encoded not in body.casefold():
+            return False
+        values = _decode(body)["fields"].values()  # it may have been the name of a field
+        return any(self._text in text_of(value).casefold() for value in values)
 
 
 _SELECT: Final = "SELECT id, run, rank, kind, name, benchmark, step, time, predictions, body FROM evaluation"
@@ -325,7 +359,7 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
     task = fields.get("task_id")
     if task is None:
         task = fields.get("instruction")
-    key = hashlib.sha256(encode_json([task, fields.get("sample_idx") or 0])).digest()[:8]
+    key = hashlib.sha256(json_text([task, fields.get("sample_idx") or 0]).encode()).digest()[:8]
     inline: dict[str, Any] = {}
     long: dict[str, str] = {}
     encoded: list[str] = []
@@ -333,7 +367,7 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
         if isinstance(value, int | float) or value is None:
             inline[str(name)] = value
             continue
-        text = value if isinstance(value, str) else encode_json(value).decode()
+        text = value if isinstance(value, str) else json_text(value)
         if len(text) <= _MAX_INLINE:
             inline[str(name)] = value
             continue
@@ -343,4 +377,4 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
         if not isinstance(value, str):
             encoded.append(str(name))
     body = {"fields": inline} | ({"long": long} if long else {}) | ({"json": encoded} if encoded else {})
-    return int.from_bytes(key, "big") >> 1, number, encode_json(body).decode()
+    return int.from_bytes(key, "big") >> 1, number, json_text(body)

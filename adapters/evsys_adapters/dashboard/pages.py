@@ -18,6 +18,7 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state, stalled_at
 from evsys_adapters.dashboard.series import SeriesInfo, SeriesStore
+from evsys_adapters.dashboard.values import finite
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.reading import RecordedRun, better_mode
 from evsys_bus.reading.fields import RunFields, differing_keys, is_goal
@@ -60,6 +61,9 @@ _MAX_HEADLINES: Final = 3
 _SPARK_BUCKETS: Final = 24
 _MAX_SAME_CHARS: Final = 200
 _MAX_SHOWN_ARMS: Final = 1_000
+_MAX_LISTED_CHARS: Final = 300
+_MAX_LISTED_TAGS: Final = 50
+"""In the list of experiments; the experiment's own page has all."""
 _BASELINES: Final = ("baseline", "control")
 _LEFT_OUT: Final = frozenset({"failed", "cancelled", "stalled", "pending"})
 """States of runs whose values do not count where an arm has others."""
@@ -73,9 +77,20 @@ _IDLE_SECONDS: Final = 60.0
 class Store(Protocol):
     """What pages read."""
 
-    id: str
-    catalogue: Catalogue
-    series: SeriesStore
+    @property
+    def id(self) -> str:
+        """A UUID of the database."""
+        ...
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The experiments and runs."""
+        ...
+
+    @property
+    def series(self) -> SeriesStore:
+        """Their points."""
+        ...
 
 
 class Headline(NamedTuple):
@@ -229,24 +244,28 @@ class _View:
         return named or next(iter(self._arms), None)
 
     def _winner(self) -> str | None:
-        """Return the best arm by the first headline; only a complete one if there is any. None if that is not known."""
+        """Return the best arm: as the experiment has ended, else by the first headline that two arms have values of.
+
+        An incomplete arm is the best only if no arm is complete. None if the direction is not known, or none is better.
+        """
         if self._record.best_arm is not None:
             return self._record.best_arm
-        headline = next(iter(self._headlines), None)
-        if headline is None or headline.direction is None:
-            return None
-        means = {arm.name: self._spread(arm, headline.name) for arm in self._arms}
-        scored = [arm for arm in self._arms if means[arm.name].mean is not None]
-        complete = [
-            arm
-            for arm in scored
-            if not any(self._states[run.id] in _LEFT_OUT for run in arm.runs) and not means[arm.name].nonfinite
-        ]
-        sign = 1 if headline.direction == "min" else -1
-        ranked = sorted(complete or scored, key=lambda arm: sign * (means[arm.name].mean or 0.0))
-        if len(scored) < 2 or (len(ranked) > 1 and means[ranked[0].name].mean == means[ranked[1].name].mean):  # noqa: PLR2004 # nothing to compare
-            return None
-        return ranked[0].name
+        for headline in self._headlines:
+            spreads = {arm.name: self._spread(arm, headline.name) for arm in self._arms}
+            scored = [(spreads[arm.name].mean or 0.0, arm) for arm in self._arms if spreads[arm.name].n]
+            if len(scored) < 2:  # noqa: PLR2004 # nothing to compare
+                continue
+            if headline.direction is None:
+                return None
+            is_complete = [self._is_complete(arm) and not spreads[arm.name].nonfinite for _, arm in scored]
+            chosen = [each for each, complete in zip(scored, is_complete, strict=True) if complete] or scored
+            best = (min if headline.direction == "min" else max)(mean for mean, _ in chosen)
+            names = [arm.name for mean, arm in chosen if mean == best]
+            return names[0] if len(names) == 1 else None
+        return None
+
+    def _is_complete(self, arm: _Arm) -> bool:
+        return not any(self._states[run.id] in _LEFT_OUT for run in arm.runs)
 
     # -- state and progress
 
@@ -302,10 +321,10 @@ class _View:
         record = self._record
         return {
             "id": record.public,
-            "name": record.name,
+            "name": record.name[:_MAX_LISTED_CHARS],
             "state": self._state,
-            "hypothesis": record.hypothesis,
-            "tags": self._tags(),
+            "hypothesis": record.hypothesis and record.hypothesis[:_MAX_LISTED_CHARS],
+            "tags": [tag[:_MAX_LISTED_CHARS] for tag in self._tags()[:_MAX_LISTED_TAGS]],
             "arms": len(self._arms),
             "runs": self._counts(),
             "headline": self._headline_of_home(),
@@ -319,23 +338,26 @@ class _View:
         return list(dict.fromkeys([*self._record.tags, *(tag for run in self._runs for tag in run.tags)]))
 
     def _headline_of_home(self) -> Json | None:
-        """Return the first headline that has a value, of the best arm, with the curve of one of its runs."""
+        """Return the first headline that has a value, of the best arm, and the first curve of that arm's headlines."""
         winner = self._winner()
+        arms = sorted(self._arms, key=lambda arm: arm.name != winner)
         for headline in self._headlines:
-            arms = sorted(self._arms, key=lambda arm: arm.name != winner)
             for arm in arms:
                 mean = self._spread(arm, headline.name).mean
                 if mean is not None:
-                    spark = self._spark(self._compared(arm), headline.name)
-                    return {**headline._asdict(), "value": mean, "arm": arm.name, "spark": spark}
+                    curve, spark = self._spark(arm)
+                    return {**headline._asdict(), "value": mean, "arm": arm.name, "spark_name": curve, "spark": spark}
         return None
 
-    def _spark(self, runs: Iterable[RunRecord], name: str) -> list[float | None]:
-        info = next((found for run in runs if (found := self._series[run.id].get(name)) is not None), None)
-        if info is None:
-            return []
-        means = self._store.series.read([info.id], buckets=_SPARK_BUCKETS).lines[0].mean
-        return [_finite(float(value)) for value in means]
+    def _spark(self, arm: _Arm) -> tuple[str | None, list[float | None]]:
+        """Return the name and the curve of the first headline that has one in a run of the arm."""
+        for headline in self._headlines:
+            for run in self._compared(arm):
+                info = self._series[run.id].get(headline.name)
+                if info is not None:
+                    line = self._store.series.read([info.id], buckets=_SPARK_BUCKETS).lines[0]
+                    return headline.name, [_finite(float(value)) for value in line.mean]
+        return None, []
 
     def page(self) -> Json:
         """Return the experiment's page."""
@@ -366,6 +388,11 @@ class _View:
             "runs": [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()],
             "metrics": self._metric_rows(),
             "same": _same(configs.values(), varying),
+            "deliveries": [
+                {"adapter": each.name, "journal": each.journal, "time": each.time, **fields(each.body)}
+                for each in catalogue.statuses_of(record.id)
+                if each.kind == "delivery"
+            ],
             "alerts": [{**alert._asdict(), "run": public[alert.run]} for alert in alerts],
         }
 
@@ -491,8 +518,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON can represent, else None."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if value is None else finite(value)
 
 
 def _recorded(run: RunRecord) -> RecordedRun:
