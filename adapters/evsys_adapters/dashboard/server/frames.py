@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 import msgspec
 
 from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, read_chart
 from evsys_adapters.dashboard.server.columns import ColumnWriter
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
 
 MAX_LIVE_BUCKETS: Final = 64
@@ -56,11 +56,11 @@ class Places:
             if found is not None:
                 self._experiments[id_] = found.public
         for id_ in series:
-            run, metric = store.database.query("SELECT run, name FROM series WHERE id = ?", id_)[0]
-            record = records.run(run)
-            experiment = None if record is None else records.experiment(record.experiment)
-            if experiment is not None:
-                self._series[id_] = Place(experiment.public, metric)
+            for run, metric in store.database.query("SELECT run, name FROM series WHERE id = ?", id_):
+                record = records.run(run)
+                experiment = None if record is None else records.experiment(record.experiment)
+                if experiment is not None:
+                    self._series[id_] = Place(experiment.public, metric)
 
     def add(self, changes: Changes, views: Views) -> None:
         """Add the topics that a batch concerns."""
@@ -151,14 +151,12 @@ class ExperimentFrame(FrameSource):
         page = pages.experiment(store, self._experiment)
         if page is None:
             return {"kind": "refetch"}
-        page.pop("now", None)
+        page = {name: value for name, value in page.items() if name != "now"}
         sent, self._sent = self._sent, page
         if sent == page:
             return None
-        page = dict(page)
-        if sent is not None and _names(sent) == _names(page):
-            del page["metrics"]
-        return {"kind": "data", "experiment": page}
+        is_same = sent is not None and _names(sent) == _names(page)
+        return {"kind": "data", "experiment": {k: v for k, v in page.items() if not (is_same and k == "metrics")}}
 
 
 class ChartFrame(FrameSource):

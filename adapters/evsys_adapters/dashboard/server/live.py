@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import anyio
 import msgspec
 
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
 from evsys_adapters.dashboard.server.columns import ColumnWriter
@@ -31,7 +32,6 @@ from evsys_adapters.dashboard.server.frames import (
     Views,
 )
 from evsys_adapters.dashboard.server.store_thread import StoreThread
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
