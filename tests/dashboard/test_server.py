@@ -3,9 +3,7 @@
 import gzip
 import json
 import math
-import socket
 import threading
-import zlib
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.point_stores import brute_buckets, info_of, open_store, points_of
+from support.point_stores import brute_buckets, open_store, points_of
 
 VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0])
 STARTS = st.integers(0, 5000) | st.sampled_from([-3000, -1, 2047, 2048, 10**6, 10**12])

@@ -67,6 +67,12 @@ class DashboardServer:
         self._state_path: Final = state
         self._on_ready: Final = on_ready
         self._stop = threading.Event()
+        self._server: _Server | None = None
+
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections."""
+        return 0 if self._server is None else len(self._server.server_state.connections)
 
     def request_stop(self) -> None:
         """Let `run` return; from any thread."""
@@ -108,7 +114,7 @@ class DashboardServer:
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         state = self._make_state(listening)
-        server = _Server(
+        server = self._server = _Server(
             config,
             should_stop=lambda: self._stop.is_set() or time.monotonic() - app.last_active > self._idle_seconds,
             on_started=lambda: self._announce(state),
