@@ -1,4 +1,4 @@
-"""The server of the dashboard over real sockets: receiving events, pages, charts, imports, the page's files, its end."""
+"""The dashboard's server over real sockets: receiving events, pages, charts, imports, the page's files, its end."""
 
 import gzip
 import json
