@@ -184,7 +184,7 @@ class DashboardApp:
 
         def read(store: Store) -> bytes | None:
             page = pages.experiment(store, id_)
-            return None if page is None else msgspec.json.encode({**page, "frame": frame})
+            return None if page is None else msgspec.json.encode({**page, "now": time.time(), "frame": frame})
 
         body = await self._store.call(read)
         if body is None:
@@ -245,7 +245,8 @@ class DashboardApp:
 
     async def _hosted_gateway(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        op, args = body.get("op"), body.get("args") or {}
+        op: object = body.get("op")
+        args: object = body.get("args") or {}
         if not isinstance(op, str) or not isinstance(args, dict):
             raise AnswerError(400, "op", "`op` is missing", fix='send {"op": "NAME", "args": {…}}')
         result = await self._call_hosted(hosted.call, op, cast("dict[str, Any]", args))
