@@ -428,7 +428,7 @@ def test_a_damaged_database_is_a_503_with_the_fix_and_the_process_lives(tmp_path
     with running_dashboard(tmp_path) as dashboard:
         trainer.send(dashboard, trainer.start())
         for _ in range(4):
-            trainer.send(dashboard, trainer.steps(10_000, loss=lambda _: random.random()))
+            trainer.send(dashboard, trainer.steps(4_000, loss=lambda _: random.random()))
         (id_,) = [row["id"] for row in dashboard.get("/api/home")["experiments"]]
     path = tmp_path / "dashboard.sqlite"
     data = bytearray(path.read_bytes())
@@ -437,7 +437,7 @@ def test_a_damaged_database_is_a_503_with_the_fix_and_the_process_lives(tmp_path
     with running_dashboard(tmp_path) as dashboard:
         query = {
             "experiment": id_,
-            "charts": [{"metric": "train/loss", "from": n, "to": n + 100} for n in range(0, 40_000, 500)],
+            "charts": [{"metric": "train/loss", "from": n, "to": n + 100} for n in range(0, 16_000, 250)],
         }
         answer = dashboard.post("/api/charts", query)
         assert (answer.status, answer.code) == (503, "store")
@@ -472,6 +472,9 @@ async def test_a_full_disk_is_a_503_and_nothing_acknowledged_is_lost(tmp_path):
             await ingester.ingest(trainer.stream, stored, payloads)
         await asyncio.sleep(1.1)  # a store that failed is opened again after a second
         totals = await ingester.ingest(trainer.stream, stored, payloads)
-        assert totals == (trainer.sequence, 2_000, 2_000)
+        assert totals.sequence == trainer.sequence
+        assert 0 < totals.events <= 2_000  # slices of the refused body may be stored already
+        again = await ingester.ingest(trainer.stream, stored, payloads)
+        assert again == (trainer.sequence, 0, 0)
     finally:
         thread.close()

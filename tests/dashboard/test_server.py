@@ -3,7 +3,11 @@
 import gzip
 import json
 import math
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.server.serve import DEFAULT_PORT, listen
 from evsys_adapters.dashboard.state_file import find_dashboard, read_state
 from evsys_bus.errors import EvsysBusError
-from support.running_dashboard import TOKEN, Trainer, body_of, running_dashboard
+from support.running_dashboard import TOKEN, Dashboard, Trainer, body_of, running_dashboard
 from support.waiting import wait_until
 
 
@@ -368,6 +372,38 @@ def test_what_was_acknowledged_is_there_after_a_restart(tmp_path):
         assert trainer.send(dashboard, trainer.steps(1)) == {"sequence": 53, "events": 1, "points": 1}
 
 
+def test_it_ends_at_a_signal_also_with_open_views_and_what_it_acknowledged_survives_a_kill(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+from evsys_adapters.dashboard.server import DashboardServer
+from evsys_adapters.dashboard.server.app import DashboardSettings
+
+folder = Path(sys.argv[1])
+DashboardServer(folder / "dashboard.sqlite", host="127.0.0.1", port=0, settings=DashboardSettings(token={TOKEN!r}),
+    state=folder / "dashboard.json", on_ready=lambda state: print("ready", flush=True)).run()
+"""
+    path = tmp_path / "dashboard.json"
+    trainer = Trainer(root="/runs/killed")
+    stored = 0
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            dashboard = Dashboard(read_state(path), None)
+            with dashboard.live():
+                stored += trainer.send(dashboard, trainer.steps(200))["points"]
+                start = time.monotonic()
+                process.send_signal(number)
+                code = process.wait(10)
+            assert time.monotonic() - start < 5.0
+            assert code == (-number if number == signal.SIGKILL else 0)
+            assert path.exists() == (number == signal.SIGKILL)
+    with running_dashboard(tmp_path) as dashboard:
+        header, _ = dashboard.charts(experiment_id(dashboard, "killed"), {"metric": "train/loss"})
+        assert header["charts"][0]["total"] == stored == 800
+
+
 def test_a_second_dashboard_of_one_database_is_refused(tmp_path):
     with running_dashboard(tmp_path), pytest.raises(StoreError, match="open in another"), running_dashboard(tmp_path):
         pass
@@ -423,3 +459,14 @@ def test_an_import_of_a_directory_without_journal_fails_with_the_reason(shared, 
     id_ = shared.post("/api/import", {"journal": str(tmp_path)}).json["import"]
     wait_until(lambda: shared.get(f"/api/import/{id_}")["state"] == "failed")
     assert "no journal" in shared.get(f"/api/import/{id_}")["error"]
+
+
+def test_the_description_has_every_route_of_the_api(shared):
+    described = shared.get("/api/openapi.json")
+    assert described["openapi"].startswith("3.1")
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            name = path.replace("{id}", "none")
+            answer = shared.request(method.upper(), name, "{}" if method == "post" else None)
+            assert answer.status == 200 or answer.code != "route", path
+            assert str(answer.status) in operation["responses"], (path, answer.status)

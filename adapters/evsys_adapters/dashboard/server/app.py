@@ -158,9 +158,9 @@ class DashboardApp:
             raise AnswerError(400, "stream", "`stream` is missing or too long", fix="send ?stream=NAME&after=SEQ")
         if not (after.isascii() and after.isdecimal() and int(after[:20]) < _MAX_SEQUENCE):
             raise AnswerError(400, "after", "`after` is no sequence number", fix="send ?stream=NAME&after=SEQ")
-        payloads = await self._bodies.read_envelopes(request)
-        self._last_ingest = time.monotonic()
-        totals = await self._ingester.ingest(stream, int(after), payloads)
+        async with self._bodies.read_envelopes(request) as payloads:
+            self._last_ingest = time.monotonic()
+            totals = await self._ingester.ingest(stream, int(after), payloads)
         return json_response(totals._asdict())
 
     async def _start_import(self, request: Request) -> Response:

@@ -237,6 +237,10 @@ class LiveHub:
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
                 log().warning("dashboard.live_failed", error=error.message)
                 await anyio.sleep(1.0)
+            except Exception:
+                # A view that cannot be computed waits for its next change; the others must go on.
+                log().error("dashboard.live_failed", exc_info=True)
+                await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
             await anyio.sleep(self._limits.chart_seconds)
 
