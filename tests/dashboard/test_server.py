@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.server.columns import round_numbers
 from evsys_adapters.dashboard.server.serve import DEFAULT_PORT, listen
 from evsys_adapters.dashboard.state_file import find_dashboard, read_state
 from evsys_bus.errors import EvsysBusError
@@ -314,6 +316,31 @@ def test_chosen_runs_are_drawn_and_a_metric_that_none_has_is_empty(shared):
 def test_a_query_that_is_none_is_a_400(shared, query):
     body = query if isinstance(query, str) else json.dumps(query)
     assert shared.request("POST", "/api/charts", body).status == 400
+
+
+def test_charts_and_pages_are_compressed_for_clients_that_take_it(shared):
+    trainer = Trainer(root="/runs/compressed")
+    trainer.send(shared, trainer.start() + trainer.steps(4_000, loss=lambda _: random.random()))
+    id_ = experiment_id(shared, "compressed")
+    query = json.dumps({"experiment": id_, "charts": [{"metric": "train/loss"}]})
+    plain = shared.request("POST", "/api/charts", query)
+    packed = shared.request("POST", "/api/charts", query, Accept_Encoding="gzip, br")
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == plain.body
+    assert len(packed.body) < 0.7 * len(plain.body)
+    page = shared.request("GET", f"/api/experiments/{id_}", Accept_Encoding="gzip")
+    assert json.loads(gzip.decompress(page.body))["id"] == id_
+
+
+def test_means_are_rounded_to_what_a_chart_can_show_and_no_further():
+    numbers = np.array([1 / 3, -1e-300, 1e300, 0.0, math.nan, math.inf, -math.inf, 5e-324, 123456789.123])
+    rounded = round_numbers(numbers)
+    assert np.array_equal(np.isnan(rounded), np.isnan(numbers))
+    finite = np.isfinite(numbers) & (np.abs(numbers) > 1e-307)
+    assert np.all(np.abs(rounded[finite] / numbers[finite] - 1) < 1e-7)
+    assert rounded[5:7].tolist() == [math.inf, -math.inf]
+    assert rounded[3] == 0.0
 
 
 # The page's files.
