@@ -1,4 +1,5 @@
 import { render } from "preact";
+import { Page } from "./page";
 import "./style.css";
 
-render(<p>evsys-bus</p>, document.body);
+render(<Page />, document.body);
