@@ -26,7 +26,7 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
             <th>arm</th>
             <th>seeds</th>
             {headlines.map(({ name, direction, rule }) => (
-              <th key={name} title={`${name}: ${rule}`}>
+              <th key={name} colSpan={2} title={`${name}: ${rule}`}>
                 <span class="metric">{name}</span> <ArrowOf direction={direction} />
               </th>
             ))}
@@ -96,28 +96,28 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
       <td class="seeds">
         <StateWord state={arm.state} />{" "}
         <span class="muted">
-          {done} of {own.length}
+          {done} of {own.length} done
         </span>
         {broken > 0 && arm.state !== "failed" && <span class="state failed">{broken} broken</span>}
       </td>
       {experiment.headlines.map(({ name }, i) => {
         const value = arm.values[i];
         return (
-          <td class="value" key={name} data-label={name}>
-            {value && (
-              <div class="measure">
-                <span class="figures">
+          <Fragment key={name}>
+            <td class="value" data-label={name}>
+              {value && (
+                <>
                   <b>{deviating(value.mean, value.sd)}</b>
                   {!isBaseline && value.delta !== null && (
                     <span class="delta" title="difference to the baseline">
                       {deviating(value.delta, value.delta_sd, true)}
                     </span>
                   )}
-                </span>
-                <Strip value={value} range={ranges[i]!} slot={slot} />
-              </div>
-            )}
-          </td>
+                </>
+              )}
+            </td>
+            <td class="points">{value && <Strip value={value} range={ranges[i]!} slot={slot} />}</td>
+          </Fragment>
         );
       })}
     </tr>
@@ -149,7 +149,7 @@ function RunRow({ run, varying, headlines }: { run: Run; varying: string[]; head
         {run.error && <div class="hint error">{shortened(run.error.trim().split("\n").pop() ?? "", 200)}</div>}
       </td>
       {headlines.map((name, i) => (
-        <td class="value" key={name} data-label={name}>
+        <td class="value" key={name} colSpan={2} data-label={name}>
           {number(run.values[i])}
         </td>
       ))}

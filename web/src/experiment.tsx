@@ -182,7 +182,7 @@ function Broken({ experiment }: { experiment: Experiment }) {
             <StateWord state={run.state} /> <b class="name">{shortened(runName(run), 80)}</b>{" "}
             {run.step !== null && (
               <span class="muted">
-                at {run.unit ?? "step"} {count(run.step)}
+                at {count(run.step)} {run.unit ?? "steps"}
               </span>
             )}{" "}
             <span class="first">

@@ -74,15 +74,22 @@ export function share(value: number): string {
 export function marks(values: number[], distance: number): string[] {
   const size = Math.max(...values.map(Math.abs));
   if (!(distance > 0) || !(size > 0)) return values.map((value) => number(value));
-  const decimals = Math.max(0, Math.ceil(-Math.log10(distance) - 1e-9));
+  const decimals = decimalsFor(distance);
   if (decimals > 4) {
     const power = Math.floor(Math.log10(size));
     return values.map((value) => (value === 0 ? "0" : exponent(value, fractionDigits(value, distance, power))));
   }
   const scales: [number, string][] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
   const [unit, letter] = scales.find(([limit]) => size >= 10 * limit || (size >= limit && distance >= limit / 10)) ?? [1, ""];
-  const digits = unit === 1 ? decimals : Math.max(0, Math.ceil(-Math.log10(distance / unit) - 1e-9));
+  const digits = unit === 1 ? decimals : decimalsFor(distance / unit);
   return values.map((value) => (value === 0 ? "0" : (value / unit).toFixed(digits).replace("-", MINUS) + letter));
+}
+
+/** Decimals that tell multiples of a distance apart, and show 0.25 whole. */
+function decimalsFor(distance: number): number {
+  const least = Math.max(0, Math.ceil(-Math.log10(distance) - 1e-9));
+  const scaled = distance * 10 ** least;
+  return Math.abs(scaled - Math.round(scaled)) < 1e-6 * scaled ? least : least + 1;
 }
 
 function fractionDigits(value: number, distance: number, power: number): number {

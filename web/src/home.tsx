@@ -2,7 +2,7 @@
 import { useEffect } from "preact/hooks";
 import { signal } from "@preact/signals";
 import { clockAhead, getJson } from "./api";
-import { number } from "./format";
+import { number, shortened } from "./format";
 import { follow } from "./live";
 import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
 import type { ExperimentRow, Home } from "./types";
@@ -90,7 +90,6 @@ export function HomePage() {
                 <th>runs</th>
                 <th>headline</th>
                 <th class="num">last event</th>
-                <th>tags</th>
               </tr>
             </thead>
             <tbody>
@@ -105,14 +104,22 @@ export function HomePage() {
   );
 }
 
+const MOST_TAGS = 4;
+
 function Row({ row }: { row: ExperimentRow }) {
   const { runs, headline } = row;
   const total = Math.max(runs.total ?? 0, runs.planned ?? 0);
   return (
     <tr class={row.state}>
       <td class="name">
-        <Link to={`/e/${encodeURIComponent(row.id)}`}>{row.name}</Link>
-        {row.hypothesis && <div class="hint">{row.hypothesis}</div>}
+        <Link to={`/e/${encodeURIComponent(row.id)}`}>{shortened(row.name, 200)}</Link>
+        {row.tags.slice(0, MOST_TAGS).map((tag) => (
+          <span class="tag" key={tag}>
+            {tag}
+          </span>
+        ))}
+        {row.tags.length > MOST_TAGS && <span class="hint">+{row.tags.length - MOST_TAGS}</span>}
+        {row.hypothesis && <div class="hint">{shortened(row.hypothesis, 200)}</div>}
       </td>
       <td>
         <StateWord state={row.state} />
@@ -140,13 +147,6 @@ function Row({ row }: { row: ExperimentRow }) {
       </td>
       <td class="num">
         <Age since={row.last_event} suffix=" ago" />
-      </td>
-      <td class="tags">
-        {row.tags.map((tag) => (
-          <span class="tag" key={tag}>
-            {tag}
-          </span>
-        ))}
       </td>
     </tr>
   );
