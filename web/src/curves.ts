@@ -25,7 +25,8 @@ export function merged(chart: Chart, update: Chart, from: number | null, to: num
     const old = lines.get(keyOf(change));
     lines.set(keyOf(change), old ? mergedLine(old, cut(change, from, to)) : cut(change, from, to));
   }
-  return { ...chart, total: update.total ?? chart.total, lines: [...lines.values()] };
+  const isWhole = from === null && to === null; // an update counts all points, not those in view
+  return { ...chart, total: isWhole ? update.total : chart.total, lines: [...lines.values()] };
 }
 
 function cut(line: Line, from: number | null, to: number | null): Line {

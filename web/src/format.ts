@@ -75,12 +75,12 @@ export function marks(values: number[], distance: number): string[] {
   const size = Math.max(...values.map(Math.abs));
   if (!(distance > 0) || !(size > 0)) return values.map((value) => number(value));
   const decimals = decimalsFor(distance);
-  if (decimals > 4) {
-    const power = Math.floor(Math.log10(size));
-    return values.map((value) => (value === 0 ? "0" : exponent(value, fractionDigits(value, distance, power))));
+  if (decimals > 3 && size < 1e-3) {
+    const digits = (value: number) => Math.floor(Math.log10(Math.abs(value))) - Math.floor(Math.log10(distance) + 1e-9);
+    return values.map((value) => (value === 0 ? "0" : exponent(value, Math.max(0, Math.min(6, digits(value))))));
   }
   const scales: [number, string][] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
-  const [unit, letter] = scales.find(([limit]) => size >= 10 * limit || (size >= limit && distance >= limit / 10)) ?? [1, ""];
+  const [unit, letter] = scales.find(([limit]) => size >= limit && distance >= limit / (size < 10 * limit ? 10 : 100)) ?? [1, ""];
   const digits = unit === 1 ? decimals : decimalsFor(distance / unit);
   return values.map((value) => (value === 0 ? "0" : (value / unit).toFixed(digits).replace("-", MINUS) + letter));
 }
@@ -90,11 +90,6 @@ function decimalsFor(distance: number): number {
   const least = Math.max(0, Math.ceil(-Math.log10(distance) - 1e-9));
   const scaled = distance * 10 ** least;
   return Math.abs(scaled - Math.round(scaled)) < 1e-6 * scaled ? least : least + 1;
-}
-
-function fractionDigits(value: number, distance: number, power: number): number {
-  const own = Math.floor(Math.log10(Math.abs(value)));
-  return Math.max(0, Math.min(6, own - Math.floor(Math.log10(distance) + 1e-9), Math.max(own, power) + 6));
 }
 
 const LONGEST_TEXT = 2_000;
