@@ -19,9 +19,12 @@ NO_REGISTRY = "http://127.0.0.1:9"  # the port of `discard`: nobody listens
 def clone(tmp_path: Path) -> Path:
     """What git has, with all changes, in a directory of its own; enough for a build."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "web", "evsys_bus", "adapters", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        "git ls-files -co --exclude-standard web evsys_bus adapters pyproject.toml README.md LICENSE".split(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,8 @@ def test_a_fresh_clone_becomes_a_wheel_and_an_sdist_with_the_page(clone: Path) -
 
     # The sdist carries the page: a wheel is built from it without npm.
     shutil.rmtree(dist)
-    done = build(clone.parent / sdist.name.removesuffix(".tar.gz"), "--wheel", npm_config_registry=NO_REGISTRY, EVSYS_BUS_REQUIRE_PAGE="1")  # fmt: skip
+    unpacked = clone.parent / sdist.name.removesuffix(".tar.gz")
+    done = build(unpacked, "--wheel", npm_config_registry=NO_REGISTRY, EVSYS_BUS_REQUIRE_PAGE="1")
     assert done.returncode == 0, done.stderr
     [wheel] = dist.glob("*.whl")
     assert pages_in(zipfile.ZipFile(wheel).namelist()) == page
@@ -93,8 +97,8 @@ def test_the_lock_of_the_page_names_no_registry() -> None:
 
 
 def test_git_has_only_the_sources_of_the_page() -> None:
-    listed = subprocess.run(["git", "ls-files", "web", PAGE], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {name.split("/")[1] for name in listed.splitlines()} == {
-        ".npmrc", "build.mjs", "hatch_build.py", "package-lock.json", "package.json", "src", "tsconfig.json"
-    }  # fmt: skip
-    assert {Path(name).suffix for name in listed.splitlines() if "/src/" in name} == {".ts", ".tsx", ".css", ".html"}
+    command = ["git", "ls-files", "web", PAGE]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings = {".npmrc", "package-lock.json", "package.json", "tsconfig.json"}
+    assert {name.split("/")[1] for name in names} == {*settings, "build.mjs", "hatch_build.py", "src"}
+    assert {Path(name).suffix for name in names if "/src/" in name} == {".ts", ".tsx", ".css", ".html"}
