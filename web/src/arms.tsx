@@ -8,7 +8,7 @@ import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
 import { openArms, raisedArm, toggled } from "./view";
 
 const MOST_ARMS = 60;
-const STRIP = { width: 116, height: 18 };
+const STRIP = { width: 100, height: 18 };
 
 export function ArmTable({ experiment, slots }: { experiment: Experiment; slots: Map<string, number> }) {
   const [isWhole, setWhole] = useState(false);

@@ -85,7 +85,9 @@ function sectionsOf(metrics: Metric[]): (readonly [string, Metric[]])[] {
   const sections = new Map<string, Metric[]>();
   for (const metric of metrics) {
     const name = metric.section ?? metric.name.split("/")[0]!;
-    sections.set(name, [...(sections.get(name) ?? []), metric]);
+    const section = sections.get(name);
+    if (section) section.push(metric);
+    else sections.set(name, [metric]);
   }
   return [...sections];
 }
@@ -168,7 +170,7 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Exper
   const hold = (held: boolean) => (view.chartInHand.value = held ? metric.name : null);
   return (
     <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => hold(true)} onBlur={() => hold(false)}>
-      <h3 title={metric.name}>
+      <h3 title={shortened(metric.name, 500)}>
         <span class="text">{metric.name}</span>
         {isLog && <span class="mark">log</span>}
       </h3>

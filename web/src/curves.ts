@@ -101,9 +101,12 @@ export function rounded(value: number): number {
   return ([1, 2, 5, 10].find((each) => each * power >= value * 0.75) ?? 10) * power;
 }
 
+/** A logarithmic axis of fewer powers of ten has marks at round numbers of equal distance. */
+export const NARROW = 1.5;
+
 /** Positions of marks on a logarithmic axis, as logarithms: at round numbers, however narrow the range. */
 export function logMarks(low: number, high: number, most: number): number[] {
-  if (high - low >= 1.5) {
+  if (high - low >= NARROW) {
     const every = Math.max(1, Math.ceil((high - low) / most));
     const factors = high - low < most / 3 ? [1, 2, 5] : [1];
     const found: number[] = [];

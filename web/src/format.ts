@@ -85,6 +85,11 @@ export function marks(values: number[], distance: number): string[] {
   return values.map((value) => (value === 0 ? "0" : (value / unit).toFixed(digits).replace("-", MINUS) + letter));
 }
 
+/** 1, 2 or 5 times a power of ten, as short as it goes. */
+export function roundMark(value: number): string {
+  return value >= 1e-3 && value < 1e6 ? String(Number(value.toPrecision(1))) : exponent(value, 0);
+}
+
 /** Decimals that tell multiples of a distance apart, and show 0.25 whole. */
 function decimalsFor(distance: number): number {
   const least = Math.max(0, Math.ceil(-Math.log10(distance) - 1e-9));

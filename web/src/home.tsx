@@ -75,7 +75,7 @@ export function HomePage() {
       </div>
       {error ? <Failure error={error} /> : null}
       {all.length === 0 ? (
-        <p class="empty">No experiment yet. A run that publishes to an event bus with `evsys_logger` appears here as it starts.</p>
+        <p class="empty">No experiment yet. A run appears here as soon as it starts with --dash, or with evsys_logger.</p>
       ) : rows.length === 0 ? (
         <p class="empty">No experiment matches the filter.</p>
       ) : (

@@ -2,8 +2,8 @@
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { canvasColours, dashOf, hueOf } from "./colours";
-import { isRough, logMarks, lowerBound, paddedRange, rounded, smoothed } from "./curves";
-import { count, deviating, elapsed, marks, number } from "./format";
+import { isRough, logMarks, lowerBound, NARROW, paddedRange, rounded, smoothed } from "./curves";
+import { count, deviating, elapsed, marks, number, roundMark } from "./format";
 import type { Chart, Line, XAxis } from "./types";
 import type { Smoothing } from "./view";
 
@@ -214,7 +214,7 @@ export class Plot {
     return {
       width: Math.floor(this.element.clientWidth) || 300,
       height: HEIGHT,
-      padding: [6, 8, 0, 0],
+      padding: [6, 14, 0, 0],
       legend: { show: false },
       series,
       scales: {
@@ -238,10 +238,10 @@ export class Plot {
           ...(log
             ? {
                 splits: (plot, _, low, high) => logMarks(low, high, Math.max(2, plot.bbox.height / devicePixelRatio / MARKS_APART)),
-                values: (_, splits) => {
+                values: (plot, splits) => {
                   const values = splits.map((each) => 10 ** each);
-                  const isNarrow = values.length > 1 && values[values.length - 1]! / values[0]! < 20;
-                  return isNarrow ? marks(values, values[1]! - values[0]!) : values.map((each) => number(Number(each.toPrecision(3))));
+                  const { min, max } = plot.scales.y!;
+                  return max! - min! < NARROW && values.length > 1 ? marks(values, values[1]! - values[0]!) : values.map(roundMark);
                 },
               }
             : { values: (_, splits, __, ___, distance) => marks(splits, distance) }),
