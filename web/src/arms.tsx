@@ -26,8 +26,8 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
             <th>arm</th>
             <th>seeds</th>
             {headlines.map(({ name, direction, rule }) => (
-              <th key={name} colSpan={2} title={`${name}: ${rule}`}>
-                <span class="metric">{name}</span> <ArrowOf direction={direction} />
+              <th key={name} colSpan={2} title={`${shortened(name, 300)}: ${rule}`}>
+                <span class="metric">{shortened(name, 300)}</span> <ArrowOf direction={direction} />
               </th>
             ))}
           </tr>

@@ -125,7 +125,7 @@ function Answer({ experiment }: { experiment: Experiment }) {
     <p class="answer">
       {winner && value && first ? (
         <>
-          <b class="name">{shortened(winner.name, 80)}</b> leads by <span class="name">{first.name}</span>
+          <b class="name">{shortened(winner.name, 80)}</b> leads by <span class="name">{shortened(first.name, 80)}</span>
           {` (${first.direction === "min" ? "lower" : "higher"} is better): `}
           <b>{deviating(value.mean, value.sd)}</b>
           {baseline !== null && baseline !== winner.name && value.delta !== null && (
@@ -138,7 +138,7 @@ function Answer({ experiment }: { experiment: Experiment }) {
         </>
       ) : first && arms.length > 1 ? (
         <>
-          No arm leads yet by <span class="name">{first.name}</span>
+          No arm leads yet by <span class="name">{shortened(first.name, 80)}</span>
           {first.direction === null && ", of which nothing says whether higher or lower is better"}.{" "}
         </>
       ) : null}

@@ -80,7 +80,7 @@ export function marks(values: number[], distance: number): string[] {
     return values.map((value) => (value === 0 ? "0" : exponent(value, Math.max(0, Math.min(6, digits(value))))));
   }
   const scales: [number, string][] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
-  const [unit, letter] = scales.find(([limit]) => size >= limit && distance >= limit / (size < 10 * limit ? 10 : 100)) ?? [1, ""];
+  const [unit, letter] = scales.find(([limit]) => size >= limit && distance >= limit / (size < 10 * limit ? 2 : 100)) ?? [1, ""];
   const digits = unit === 1 ? decimals : decimalsFor(distance / unit);
   return values.map((value) => (value === 0 ? "0" : (value / unit).toFixed(digits).replace("-", MINUS) + letter));
 }
