@@ -236,7 +236,7 @@ def test_a_lost_connection_is_shown_and_resumed(reader: Reader, filled: Path, tm
 
 def test_where_websockets_are_refused_the_page_polls(reader: Reader, server: PageServer) -> None:
     reader.page.add_init_script(
-        "window.WebSocket = class { static OPEN = 1; constructor() { setTimeout(() => this.onclose()) } }"
+        "window.WebSocket = class { static OPEN = 1; constructor() { setTimeout(() => this.onclose({})) } }"
     )
     reader.open(server, server.experiment, DRAWN)
     reader.until("document.querySelector('.connection').textContent.includes('by polling')")

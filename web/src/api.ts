@@ -2,6 +2,7 @@
 import { signal } from "@preact/signals";
 import type { Chart, Line, Lines, XAxis } from "./types";
 
+const CLOCK_TOLERANCE_SECONDS = 5;
 const TOKEN_KEY = "evsys-bus-token";
 
 /** The token comes in the fragment, which no request carries; it is kept so that other tabs have it. */
@@ -45,8 +46,6 @@ async function request(path: string, body: unknown, abort?: AbortSignal): Promis
     if (abort?.aborted) throw error;
     throw new RequestError(0, "The dashboard does not answer.", "Is it still running? The page connects again by itself.");
   }
-  const date = Date.parse(response.headers.get("Date") ?? "");
-  if (date && Math.abs(date - Date.now()) > 5_000) clockAhead.value = (date - Date.now()) / 1000;
   if (response.ok) return response;
   const text = await response.text();
   let message = `The dashboard answered ${response.status}.`;
@@ -61,8 +60,11 @@ async function request(path: string, body: unknown, abort?: AbortSignal): Promis
   throw new RequestError(response.status, message, fix);
 }
 
-export async function getJson<T>(path: string, abort?: AbortSignal): Promise<T> {
-  return (await request(path, undefined, abort)).json();
+export async function getJson<T extends { now?: number }>(path: string, abort?: AbortSignal): Promise<T> {
+  const answer: T = await (await request(path, undefined, abort)).json();
+  const ahead = (answer.now ?? 0) - Date.now() / 1000;
+  if (answer.now) clockAhead.value = Math.abs(ahead) > CLOCK_TOLERANCE_SECONDS ? ahead : 0;
+  return answer;
 }
 
 export interface Columns {

@@ -1,7 +1,7 @@
 // All experiments.
 import { useEffect } from "preact/hooks";
 import { signal } from "@preact/signals";
-import { clockAhead, getJson } from "./api";
+import { getJson } from "./api";
 import { number, shortened } from "./format";
 import { follow } from "./live";
 import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
@@ -19,7 +19,6 @@ function ordered(rows: ExperimentRow[]): ExperimentRow[] {
 
 async function load(abort: AbortSignal): Promise<void> {
   const loaded = await getJson<Home>("/api/home", abort);
-  if (Math.abs(loaded.now - Date.now() / 1000) > 5) clockAhead.value = loaded.now - Date.now() / 1000;
   home.value = { ...loaded, experiments: ordered(loaded.experiments) };
 }
 

@@ -13,6 +13,9 @@ const RETRY_MS = [300, 1_000, 2_000, 4_000, 8_000];
 const POLL_MS = 1_500;
 const REFUSALS_BEFORE_POLLING = 2;
 const HIDDEN_MS = 60_000;
+/** Close code for a message that the server does not take: it will not take it again either. */
+const REFUSED_MESSAGE = 1008;
+const REFUSED_MS = 30_000;
 
 const topics = new Map<string, Topic>();
 let socket: WebSocket | null = null;
@@ -66,9 +69,14 @@ function connect(): void {
     send();
   };
   opened.onmessage = (message) => dispatch(message.data);
-  opened.onclose = () => {
+  opened.onclose = ({ code }) => {
     if (socket !== opened) return;
     socket = null;
+    if (code === REFUSED_MESSAGE) {
+      connection.value = "lost";
+      setTimeout(connect, REFUSED_MS);
+      return;
+    }
     if (!wasOpen) refusals++;
     if (refusals >= REFUSALS_BEFORE_POLLING) {
       refusals = 0;

@@ -105,6 +105,7 @@ export interface Experiment {
   metrics: Metric[];
   same: Record<string, unknown>;
   alerts: Alert[];
+  now?: number;
   frame?: number;
 }
 
