@@ -339,6 +339,14 @@ class TestRunFacts:
         ]
         assert details.kept_events(0, "cluster_message")[0]["fields"] == {"text": "hello"}
 
+    def test_an_event_that_names_only_the_key_of_its_run_belongs_to_that_run(self, store, delivery):
+        class PageUpdated(Event, frozen=True):
+            page: str
+
+        delivery.send(RunStart(context()))
+        Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
+        assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(

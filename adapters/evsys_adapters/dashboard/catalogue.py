@@ -223,6 +223,8 @@ class Catalogue:
         """Return the run of an event; a new one if there is none."""
         key = (envelope.stream, envelope.run, field(handle, "output_dir"))
         known = self._routes.get(key)
+        if known is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
+            known = self.records.find("run key", envelope.run)
         run = None if known is None else self.records.run(known)
         if run is None:
             run = self.records.find_run(_identity(envelope, handle), envelope.time)

@@ -3,11 +3,11 @@
 import base64
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from evsys_adapters.dashboard import hosted, pages
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
 from evsys_adapters.dashboard.server.charts import ChartsQuery, read_charts
@@ -31,7 +32,6 @@ from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.state_file import SERVICE
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.files import DECODE_ERRORS
 
@@ -163,7 +163,7 @@ class DashboardApp:
 
     async def _start_import(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        journal = body.get("journal") if isinstance(body, dict) else None
+        journal = body.get("journal")
         if not isinstance(journal, str):
             raise AnswerError(400, "journal", "`journal` is missing", fix='send {"journal": "/path/of/a/journal"}')
         return json_response({"import": self._imports.start(journal)}, HTTPStatus.ACCEPTED)
@@ -243,11 +243,12 @@ class DashboardApp:
 
     async def _hosted_gateway(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        if not isinstance(body, dict) or not isinstance(body.get("op"), str):
+        op, args = body.get("op"), body.get("args") or {}
+        if not isinstance(op, str) or not isinstance(args, dict):
             raise AnswerError(400, "op", "`op` is missing", fix='send {"op": "NAME", "args": {…}}')
         changes = Changes()
         try:
-            result = await self._store.call(hosted.call, body["op"], body.get("args") or {}, changes)
+            result = await self._store.call(hosted.call, op, args, changes)
         except hosted.HostedError as error:
             raise AnswerError(error.status, "hosted", str(error), fix="see the operations in the message") from error
         self._publish(changes)
