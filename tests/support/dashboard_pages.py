@@ -40,17 +40,17 @@ NAME = "optimizers on the small corpus"
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\">"
 ARMS = {"adamw lr=3e-4": 0.2, "adamw lr=1e-3": 0.1, "lion lr=1e-4": 0.28, "sgd momentum=0.9": 0.45}
 SEEDS = 3
-STEPS, STEPS_SO_FAR, FAILED_AT, EVAL_EVERY = 1_500, 1_024, 615, 32
-EXPERIMENTS = 24
+STEPS, STEPS_SO_FAR, FAILED_AT, EVAL_EVERY = 800, 512, 307, 16
+EXPERIMENTS = 12
 ERROR = f'Traceback (most recent call last):\n  File "train.py"\nFloatingPointError: loss is NaN at step {FAILED_AT}'
-NOT_FINITE = range(320, 480)
+NOT_FINITE = range(160, 240)
 
 
 def metrics_at(arm: str, seed: int, step: int) -> tuple[dict[str, float], dict[str, float]]:
     """What a run logs at a step, and what it logs at an evaluation."""
     quality = ARMS[arm] + 0.02 * seed
     noise = math.sin(12.9898 * step + 78.233 * seed + 37.7 * quality) * 43_758.5453 % 1 - 0.5
-    smooth = quality + 2.2 * math.exp(-step / (180 + 270 * quality))
+    smooth = quality + 2.2 * math.exp(-step / (90 + 135 * quality))
     loss = smooth * (1 + 0.15 * noise)
     lacks_norm = arm.startswith("lion") and step in NOT_FINITE
     steps = {
@@ -132,7 +132,7 @@ class Growing:
 
 
 def fill(folder: Path) -> None:
-    """Write a database with two dozen experiments; the first has curves."""
+    """Write a database with a dozen experiments; the first has curves."""
     with closing(open_store(folder)) as store:
         growing = Growing(store.ingest, "r0-growing", time.time() - STEPS_SO_FAR)
         growing.send(ExperimentStart(_experiment(0, NAME, {arm: {"optimizer": arm} for arm in ARMS})))
