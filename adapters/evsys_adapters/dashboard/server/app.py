@@ -3,11 +3,11 @@
 import base64
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import anyio
 import msgspec
@@ -34,6 +34,8 @@ from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.state_file import SERVICE
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.files import DECODE_ERRORS
+
+T = TypeVar("T")
 
 PROTOCOL: Final = 1
 """Version of the routes; a client of another version does not send."""
@@ -182,7 +184,7 @@ class DashboardApp:
 
         def read(store: Store) -> bytes | None:
             page = pages.experiment(store, id_)
-            return None if page is None else msgspec.json.encode({**page, "frame": frame})
+            return None if page is None else msgspec.json.encode({**page, "now": time.time(), "frame": frame})
 
         body = await self._store.call(read)
         if body is None:
@@ -243,26 +245,39 @@ class DashboardApp:
 
     async def _hosted_gateway(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        op, args = body.get("op"), body.get("args") or {}
+        op: object = body.get("op")
+        args: object = body.get("args") or {}
         if not isinstance(op, str) or not isinstance(args, dict):
             raise AnswerError(400, "op", "`op` is missing", fix='send {"op": "NAME", "args": {…}}')
-        changes = Changes()
-        try:
-            result = await self._store.call(hosted.call, op, args, changes)
-        except hosted.HostedError as error:
-            raise AnswerError(error.status, "hosted", str(error), fix="see the operations in the message") from error
-        self._publish(changes)
+        result = await self._call_hosted(hosted.call, op, cast("dict[str, Any]", args))
         return json_response({"result": result})
 
     async def _hosted_rest(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        changes = Changes()
-        try:
-            status, answer = await self._store.call(hosted.rest, request.path_params["path"], body, changes)
-        except hosted.HostedError as error:
-            raise AnswerError(error.status, "hosted", str(error), fix="see the message") from error
-        self._publish(changes)
+        status, answer = await self._call_hosted(hosted.rest, request.path_params["path"], body)
         return json_response(answer, status)
+
+    async def _call_hosted(
+        self, work: Callable[[Store, str, dict[str, Any], Changes], T], name: str, args: dict[str, Any]
+    ) -> T:
+        """Answer a call of a client of the hosted service.
+
+        Such a client waits for each answer inside the training loop, so the disk is not waited for.
+        """
+        changes = Changes()
+
+        def run(store: Store) -> "T | hosted.HostedError":
+            with store.database.relaxed():
+                try:
+                    return work(store, name, args, changes)
+                except hosted.HostedError as error:
+                    return error
+
+        result = await self._store.call(run)
+        self._publish(changes)
+        if isinstance(result, hosted.HostedError):
+            raise AnswerError(result.status, "hosted", result.message, fix="see /api/openapi.json")
+        return result
 
     def _publish(self, changes: Changes) -> None:
         self._last_ingest = time.monotonic()

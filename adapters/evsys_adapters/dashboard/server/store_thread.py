@@ -49,6 +49,7 @@ class StoreThread:
         except BaseException:
             self._executor.shutdown()
             raise
+        self._executor.submit(_import_numpy)
 
     def close(self) -> None:
         """Write what is in memory, and close the store. Raises StoreError."""
@@ -97,6 +98,13 @@ class StoreThread:
 
 
 _REPORT: Final = "report it with the log of the dashboard"
+
+
+def _import_numpy() -> None:
+    """Import what charts need, so that the first one does not wait for it."""
+    import numpy as np
+
+    np.zeros(1)
 
 
 def _unavailable(why: str, fix: str) -> AnswerError:
