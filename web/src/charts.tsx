@@ -11,7 +11,7 @@ import { Plot } from "./plot";
 import type { Chart, Experiment, Metric } from "./types";
 import * as view from "./view";
 
-const BUCKETS = 240;
+const BUCKETS = 180;
 /** Live updates add points; beyond this a coarser level is fetched. */
 const MOST_POINTS = 2 * BUCKETS;
 const REFETCH_MS = 2_000;

@@ -25,8 +25,7 @@ export function merged(chart: Chart, update: Chart, from: number | null, to: num
     const old = lines.get(keyOf(change));
     lines.set(keyOf(change), old ? mergedLine(old, cut(change, from, to)) : cut(change, from, to));
   }
-  const isWhole = from === null && to === null; // an update counts all points, not those in view
-  return { ...chart, total: isWhole ? Math.max(chart.total, update.total) : chart.total, lines: [...lines.values()] };
+  return { ...chart, total: update.total, lines: [...lines.values()] };
 }
 
 function cut(line: Line, from: number | null, to: number | null): Line {
@@ -50,7 +49,7 @@ function mergedLine(old: Line, change: Line): Line {
     all.set(a.subarray(end), start + b.length);
     return all;
   };
-  const next = { ...change, bad: Math.max(old.bad, change.bad), x: spliced(old.x, change.x) };
+  const next = { ...change, x: spliced(old.x, change.x) };
   for (const name of COLUMNS) {
     const [a, b] = [old[name], change[name]];
     next[name] = (a && b ? spliced(a, b) : null) as Float64Array;

@@ -140,8 +140,8 @@ export class Plot {
         dash: dashOf(slot),
         y: column(halfLife ? smoothed(line.x, line.mean, halfLife) : line.mean)!,
         raw: halfLife ? column(line.mean) : null,
-        low: column(spread ? line.mean.map((mean, i) => mean - spread[i]!) : line.kind === "member" ? line.min : null),
-        high: column(spread ? line.mean.map((mean, i) => mean + spread[i]!) : line.kind === "member" ? line.max : null),
+        low: column(spread ? line.mean.map((mean, i) => mean - spread[i]!) : line.min),
+        high: column(spread ? line.mean.map((mean, i) => mean + spread[i]!) : line.max),
       };
     });
   }

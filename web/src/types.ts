@@ -133,7 +133,7 @@ export interface Chart {
   metric: string;
   /** Steps in a bucket; 1: points as they were logged. */
   width: number;
-  /** Points that the server has stored in the range. */
+  /** Points that the server has stored, in view or not. */
   total: number;
   lines: Line[];
 }
