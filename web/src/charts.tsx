@@ -5,7 +5,7 @@ import { chartOf, fetchChart } from "./api";
 import { Swatch } from "./arms";
 import { canvasColours } from "./colours";
 import { merged } from "./curves";
-import { count, number, shortened } from "./format";
+import { count, csv, number, shortened } from "./format";
 import { connection, follow } from "./live";
 import { Plot } from "./plot";
 import type { Chart, Experiment, Metric } from "./types";
@@ -117,7 +117,7 @@ function Toolbar({ found, of, error }: { found: number; of: number; error: strin
       ))}
       {range && (
         <button title="whole range ( 0, or double click )" onClick={() => (view.zoom.value = null)}>
-          {view.xAxis.value === "step" ? `${count(range[0])} \u2013 ${count(range[1])}` : "zoomed"} {"\u2715"}
+          {`steps ${count(range[0])} \u2013 ${count(range[1])} \u2715`}
         </button>
       )}
       <span class="muted">
@@ -221,14 +221,38 @@ function Curves({ metric, experiment, slots, isLog, hold }: CurvesProps) {
     setLabel(plot.current.label);
   }, [chart, isLog, smoothing, theme, slots, hidden, order.join("\0")]);
 
+  const fileName = metric.replace(/[^\w.-]+/g, "_").slice(0, 100);
   return (
     <>
       <div class="plot" ref={host} />
       <p class="corner" title={label}>
-        {error || label}
+        <span class="files">
+          <button onClick={() => chart && save(`${fileName}.csv`, new Blob([tableOf(chart.chart)], { type: "text/csv" }))}>CSV</button>
+          <button onClick={async () => save(`${fileName}.png`, (await plot.current?.image()) ?? null)}>PNG</button>
+        </span>
+        <span class="drawn">{error || label}</span>
       </p>
     </>
   );
+}
+
+/** What is drawn, as a table. */
+function tableOf({ metric, lines, width }: Chart): string {
+  const rows = lines.flatMap((line) =>
+    Array.from(line.x, (x, i) => [
+      line.kind, line.arm, line.seed, line.steps?.[i] ?? x, width, line.mean[i]!, line.sd?.[i] ?? null, line.min?.[i] ?? null, line.max?.[i] ?? null,
+    ]),
+  );
+  return csv([["line", "arm", "seed", "step", "steps_in_bucket", metric, "sd", "min", "max"], ...rows]);
+}
+
+function save(name: string, blob: Blob | null): void {
+  if (!blob) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
 interface Loaded {
@@ -267,7 +291,7 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
         if (isPaused) return;
         endFollowing = follow(`c/${experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
           if (header.kind !== "data") {
-            loadAfter(0);
+            loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
           } else if (x !== "step") {
             loadAfter(REFETCH_MS); // updates count in steps
           } else {

@@ -41,7 +41,7 @@ export const canvasColours = computed(() => {
     text: of("muted"),
     grid: of("grid"),
     axis: of("border"),
-    bad: of("bad"),
+    card: of("card"),
   };
   probe.remove();
   return colours;

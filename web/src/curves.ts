@@ -58,6 +58,18 @@ function mergedLine(old: Line, change: Line): Line {
   return next;
 }
 
+/** The steps of a range of x, from the first to the last bucket in it; null if none is. */
+export function stepsIn(lines: Line[], from: number, to: number): [number, number] | null {
+  let [first, last] = [Infinity, -Infinity];
+  for (const { x, steps } of lines) {
+    const [start, end] = [lowerBound(x, from), lowerBound(x, to) - 1];
+    if (start > end) continue;
+    first = Math.min(first, (steps ?? x)[start]!);
+    last = Math.max(last, (steps ?? x)[end]!);
+  }
+  return first < last ? [first, last] : null;
+}
+
 const columnsOf = ({ x, mean, min, max, sd, badAt }: Line) => ({ x, mean, min, max, sd, badAt });
 
 /** Moving average whose weights halve every `halfLife` of x, without the pull towards zero at its start. */

@@ -104,6 +104,16 @@ export function shortened(text: string, most = LONGEST_TEXT): string {
   return text.length <= most ? text : `${text.slice(0, most)}\u2026`;
 }
 
+/** Rows of comma-separated values; a text that a spreadsheet would run is quoted as text. */
+export function csv(rows: (string | number | null)[][]): string {
+  const cell = (value: string | number | null) => {
+    if (typeof value !== "string") return value === null || Number.isNaN(value) ? "" : String(value);
+    const text = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  return rows.map((row) => row.map(cell).join(",") + "\n").join("");
+}
+
 export function plain(value: unknown): string {
   if (typeof value === "number") return number(value);
   return shortened(typeof value === "string" ? value : JSON.stringify(value) ?? "", 120);

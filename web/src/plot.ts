@@ -2,7 +2,7 @@
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { canvasColours, dashOf, hueOf } from "./colours";
-import { isRough, logMarks, lowerBound, NARROW, paddedRange, rounded, smoothed } from "./curves";
+import { isRough, logMarks, lowerBound, NARROW, paddedRange, rounded, smoothed, stepsIn } from "./curves";
 import { count, deviating, elapsed, marks, number, roundMark } from "./format";
 import type { Chart, Line, XAxis } from "./types";
 import type { Smoothing } from "./view";
@@ -102,6 +102,19 @@ export class Plot {
     this.plot.redraw(false, false);
   }
 
+  /** The chart as it is drawn, on its card's colour. */
+  image(): Promise<Blob | null> {
+    const drawn = this.plot?.ctx.canvas;
+    if (!drawn) return Promise.resolve(null);
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [drawn.width, drawn.height];
+    const context = canvas.getContext("2d")!;
+    context.fillStyle = canvasColours.value.card;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(drawn, 0, 0);
+    return new Promise((resolve) => canvas.toBlob(resolve));
+  }
+
   destroy(): void {
     this.plot?.destroy();
     this.plot = null;
@@ -157,7 +170,8 @@ export class Plot {
 
   /** Ranges of both axes, from what is in view. */
   private measure(): void {
-    const { zoom, log } = this.view;
+    const { log } = this.view;
+    const zoom = this.view.x === "step" ? this.view.zoom : null; // a range of steps; on other axes, what came is in view
     let [left, right] = [Infinity, -Infinity];
     let [low, high] = [Infinity, -Infinity];
     const outer: number[] = [];
@@ -210,7 +224,7 @@ export class Plot {
       series.push({ stroke: colour, width: 1.6, dash, points, spanGaps: false });
     }
     if (series.length === 1) series.push({ stroke: hues[0] });
-    const isSynced = x === "step" && !this.chart.metric.startsWith("epoch/");
+    const isOfEpochs = this.chart.metric.startsWith("epoch/");
     return {
       width: Math.floor(this.element.clientWidth) || 300,
       height: HEIGHT,
@@ -248,10 +262,10 @@ export class Plot {
         },
       ],
       cursor: {
-        drag: { x: true, y: false, setScale: false, dist: 5 },
+        drag: { x: !isOfEpochs, y: false, setScale: false, dist: 5 }, // a zoom is one of steps, in all charts
         points: { size: 6 },
         bind: { dblclick: () => () => (this.actions.zoomTo(null), null) },
-        ...(isSynced ? { sync: { key: SYNC.key, setSeries: false } } : {}),
+        ...(x === "step" && !isOfEpochs ? { sync: { key: SYNC.key, setSeries: false } } : {}),
       },
       hooks: {
         ready: [
@@ -268,8 +282,8 @@ export class Plot {
             if (plot.select.width < 5) return;
             const [from, to] = [plot.select.left, plot.select.left + plot.select.width].map((at) => plot.posToVal(at, "x"));
             plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-            const places = x === "step" ? Math.round : (at: number) => Math.round(at * 1000) / 1000;
-            this.actions.zoomTo([places(from!), places(to!)]);
+            const range = x === "step" ? ([Math.round(from!), Math.round(to!)] as const) : stepsIn(this.chart.lines, from!, to!);
+            if (range && range[0] < range[1]) this.actions.zoomTo([...range]);
           },
         ],
       },

@@ -127,6 +127,8 @@ export interface Line {
   max: Float64Array | null;
   sd: Float64Array | null;
   badAt: Float64Array;
+  /** Where x is a time: the steps. */
+  steps: Float64Array | null;
 }
 
 export interface Chart {

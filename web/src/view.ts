@@ -60,6 +60,7 @@ export const openArms = names("open");
 export const hiddenArms = names("hide");
 /** Charts with a logarithmic axis; "*" are all. */
 export const logCharts = names("log");
+/** The first and the last step in view. */
 export const zoom = setting<[number, number] | null>(
   "zoom",
   (text) => {
@@ -88,7 +89,6 @@ export function toggleLog(): void {
 }
 
 export function cycleX(): void {
-  zoom.value = null; // a range of steps is none of seconds
   xAxis.value = next(X_AXES, xAxis.value);
 }
 
