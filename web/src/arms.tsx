@@ -98,7 +98,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
         <span class="muted">
           {done} of {own.length} done
         </span>
-        {broken > 0 && arm.state !== "failed" && <span class="state failed">{broken} broken</span>}
+        {broken > 0 && arm.state !== "failed" && arm.state !== "stalled" && <span class="state failed">{broken} broken</span>}
       </td>
       {experiment.headlines.map(({ name }, i) => {
         const value = arm.values[i];

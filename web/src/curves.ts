@@ -113,7 +113,7 @@ export function rounded(value: number): number {
 }
 
 /** A logarithmic axis of fewer powers of ten has marks at round numbers of equal distance. */
-export const NARROW = 1.5;
+export const NARROW = 0.8;
 
 /** Positions of marks on a logarithmic axis, as logarithms: at round numbers, however narrow the range. */
 export function logMarks(low: number, high: number, most: number): number[] {

@@ -162,37 +162,37 @@ function runName(run: Run): string {
   return run.arm && run.arm !== name && !name.includes(run.arm) ? `${run.arm} \u00b7 ${name}` : name;
 }
 
+/** Runs that broke in the same way are one line: of a hundred that hit one error, a reader needs the error once. */
+function brokenAlike(runs: Run[]): Run[][] {
+  const groups = new Map<string, Run[]>();
+  for (const run of runs) {
+    if (run.state !== "failed" && run.state !== "stalled") continue;
+    const key = `${run.state} ${lastLine(run.error ?? "").replace(/\d+/g, "#")}`;
+    const group = groups.get(key);
+    if (group) group.push(run);
+    else groups.set(key, [run]);
+  }
+  return [...groups.values()].sort((a, b) => Number(a[0]!.state === "stalled") - Number(b[0]!.state === "stalled"));
+}
+
 function Broken({ experiment }: { experiment: Experiment }) {
-  const broken = experiment.runs.filter((run) => run.state === "failed" || run.state === "stalled");
+  const groups = brokenAlike(experiment.runs);
   const alerts = [...experiment.alerts].sort((a, b) => (b.time ?? 0) - (a.time ?? 0));
-  if (!broken.length && !alerts.length && !experiment.error) return null;
+  if (!groups.length && !alerts.length && !experiment.error) return null;
   return (
     <section class="broken" aria-label="what is broken">
-      {experiment.error && !broken.some((run) => run.error === experiment.error) && (
+      {experiment.error && !groups.some(([run]) => run!.error === experiment.error) && (
         <details>
           <summary>
-            <span class="state failed">experiment</span> <span class="first">{shortened(experiment.error, 300)}</span>
+            <span class="state failed">experiment</span> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
           </summary>
           <pre>{shortened(experiment.error, 20_000)}</pre>
         </details>
       )}
-      {broken.slice(0, MOST_BROKEN).map((run) => (
-        <details key={run.id}>
-          <summary>
-            <StateWord state={run.state} /> <b class="name">{shortened(runName(run), 80)}</b>{" "}
-            {run.step !== null && (
-              <span class="muted">
-                at {count(run.step)} {run.unit ?? "steps"}
-              </span>
-            )}{" "}
-            <span class="first">
-              {run.error ? shortened(lastLine(run.error), 300) : <Age since={run.last_event} suffix=" without an event" />}
-            </span>
-          </summary>
-          {run.error && <pre>{shortened(run.error, 20_000)}</pre>}
-        </details>
+      {groups.slice(0, MOST_BROKEN).map((runs) => (
+        <BrokenRuns key={runs[0]!.id} runs={runs} />
       ))}
-      {broken.length > MOST_BROKEN && <p class="muted">and {broken.length - MOST_BROKEN} more</p>}
+      {groups.length > MOST_BROKEN && <p class="muted">and {groups.length - MOST_BROKEN} other errors</p>}
       {alerts.slice(0, MOST_ALERTS).map((alert, i) => (
         <p class="alert" key={i}>
           <span class="state stalled">
@@ -209,6 +209,30 @@ function Broken({ experiment }: { experiment: Experiment }) {
       ))}
       {alerts.length > MOST_ALERTS && <p class="muted">and {counted(alerts.length - MOST_ALERTS, "earlier alert")}</p>}
     </section>
+  );
+}
+
+function BrokenRuns({ runs }: { runs: Run[] }) {
+  const run = runs[0]!;
+  return (
+    <details>
+      <summary>
+        <StateWord state={run.state} /> <b class="name">{shortened(runName(run), 80)}</b>{" "}
+        {runs.length > 1 && <b>and {counted(runs.length - 1, "more run")} </b>}
+        {run.step !== null && (
+          <span class="muted">
+            at {count(run.step)} {run.unit ?? "steps"}
+          </span>
+        )}{" "}
+        {run.error ? (
+          <span class="first">{shortened(lastLine(run.error), 300)}</span>
+        ) : (
+          run.state === "stalled" && <Age since={run.last_event} suffix=" without an event" />
+        )}
+      </summary>
+      {runs.length > 1 && <p class="prose">{shortened(runs.map(runName).join(", "))}</p>}
+      {run.error && <pre>{shortened(run.error, 20_000)}</pre>}
+    </details>
   );
 }
 
