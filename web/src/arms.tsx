@@ -55,7 +55,7 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
 
 function ArrowOf({ direction }: { direction: Direction }) {
   if (direction === null) return null;
-  return <span class="muted">{direction === "max" ? "\u2191 higher is better" : "\u2193 lower is better"}</span>;
+  return <span class="muted">{direction === "max" ? "\u2191 higher" : "\u2193 lower"}</span>;
 }
 
 interface RowProps {
