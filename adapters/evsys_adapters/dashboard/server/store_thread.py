@@ -44,11 +44,10 @@ class StoreThread:
 
     def open(self) -> None:
         """Open the store. Raises StoreError."""
-        try:
-            self._executor.submit(self._open).result()
-        except BaseException:
+        error = self._executor.submit(self._open).exception()
+        if error is not None:
             self._executor.shutdown()
-            raise
+            raise error
         self._executor.submit(_import_numpy)
 
     def close(self) -> None:
