@@ -1,4 +1,10 @@
-"""`EvsysSink`: the delivery half of `evsys_logger`, which executes the gateway's operations, in order.
+"""`EvsysSink`: the delivery half of `evsys_logger`: to a dashboard, or to the hosted service.
+
+A dashboard is sent the events as they are, by `evsys_adapters.evsys_api.dashboard`: the one at ``url`` if that is one,
+or else, without URL and key, the running dashboard of this user. While there is none, events are acknowledged, and the
+dashboard imports them once it is there.
+
+For the hosted service, it executes the gateway's operations, in order:
 
     ExperimentStart    create_experiment                RunStart        create_run (after create_group, if needed)
     GroupStart         create_group                     StepEnd, Eval   log_metrics, one per row
@@ -17,7 +23,8 @@ server that completes a request after the client's timeout, or that has no list 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Final, NamedTuple
+from contextlib import suppress
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import anyio
 
@@ -26,6 +33,13 @@ from evsys_adapters.common.hook_arguments import list_or_empty, run_id, step_of
 from evsys_adapters.common.logged_values import values_of
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import MAX_EVAL_IDS, MAX_NAMES, PendingEval, Run, ServerObjectCreator
+from evsys_adapters.evsys_api.dashboard import (
+    IDLE_SECONDS,
+    IMPORT_POLL_SECONDS,
+    DashboardDelivery,
+    NotConnectedError,
+    was_killed,
+)
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,
     EvsysLoggerConfig,
@@ -33,6 +47,7 @@ from evsys_adapters.evsys_api.gateway import (
     OperationRefusedError,
     api_key,
     configured_project,
+    has_api_key,
     is_offline,
     server_url,
 )
@@ -47,7 +62,7 @@ from evsys_adapters.evsys_api.records import (
 )
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError
+from evsys_bus.errors import BatchTooLargeError, DeliveryError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import (
     BenchmarkEval,
     Checkpoint,
@@ -94,6 +109,7 @@ class EvsysSink(Sink):
 
     name: ClassVar[str] = "evsys_logger"
     Config: ClassVar[type | None] = EvsysLoggerConfig
+    with_payloads: ClassVar[bool] = True
     write_timeout_seconds: float = 86_400.0  # every request has its own timeout
 
     def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
@@ -106,6 +122,13 @@ class EvsysSink(Sink):
         self._requested_url: str | None = None
         self._stored_url: str | None = None
         self._stored_project: str | None = None
+        self._target: Literal["dashboard", "hosted"] | None = None
+        """Where events go; None until the server has been asked."""
+        self._dashboard: DashboardDelivery | None = None
+        self._stored_dashboard: dict[str, Any] = {}
+        self._delivered: dict[str, int] = {}
+        """By stream, the sequence of the last event that was acknowledged, to whatever destination."""
+        self._courier_events_due = 0.0
         self._contexts: dict[str, object] = {}
         """Contexts of runs, by path."""
         self._outcomes: dict[Key, str | None] = {}
@@ -138,6 +161,7 @@ class EvsysSink(Sink):
 
         Raises:
             ParkedError: There is no key, or the environment names an invalid server.
+            RetryLaterError: The server does not answer, and without a key it matters which one it is.
         """
         self._offline = is_offline()
         if self._offline:
@@ -145,13 +169,114 @@ class EvsysSink(Sink):
                 "evsys.offline", why="EVSYS_OFFLINE", fix="to send it later: evsys-bus replay RUN --to evsys_logger"
             )
             return
+        self.idle_seconds = IDLE_SECONDS
         self._requested_url = server_url(self.config)
-        api_key(self.config)
+        has_key = has_api_key(self.config)
+        if has_key:
+            api_key(self.config)
+        if self._requested_url is None:
+            self._target = "hosted" if has_key else None
+        elif not has_key and await self._find_target() == "hosted":
+            api_key(self.config)
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
         """Send the batch, or as much of it as possible now."""
         if self._offline:
+            self._delivered |= {each.stream: each.seq for each in batch}
             return None
+        if await self._find_target() == "dashboard":
+            return await self._write_to_dashboard(batch)
+        return await self._write_to_hosted(batch)
+
+    async def on_idle(self) -> None:
+        """Look for a dashboard, let it catch up, and send it what the couriers of the journal publish."""
+        if self._offline:
+            return
+        try:
+            if await self._find_target() != "dashboard":
+                self.idle_seconds = None
+                return
+            dashboard = self._open_dashboard()
+            if not dashboard.find():
+                if not self._is_missed(dashboard):
+                    self.report_waiting(_NO_DASHBOARD)
+                return
+            await dashboard.catch_up()
+            self.report_waiting(None)
+            await dashboard.send_courier_events()
+        except NotConnectedError:
+            self._forget_target()
+        except RetryLaterError as error:
+            if error.waiting:
+                self.report_waiting(error.what)
+        importing = self._dashboard is not None and self._dashboard.is_importing
+        self.idle_seconds = IMPORT_POLL_SECONDS if importing else IDLE_SECONDS
+
+    async def _find_target(self) -> Literal["dashboard", "hosted"]:
+        """Return where events go; asks the server once per connection.
+
+        Raises:
+            RetryLaterError: It does not answer.
+        """
+        if self._target is None:
+            if self._server_url() is None:
+                self._target = "hosted" if has_api_key(self.config) else "dashboard"
+            else:
+                self._target = "dashboard" if await self._open_dashboard().is_dashboard() else "hosted"
+        return self._target
+
+    def _forget_target(self) -> None:
+        """Ask again which server is at the URL: the connection to it was lost."""
+        if self._server_url() is not None:
+            self._target = None
+
+    def _open_dashboard(self) -> DashboardDelivery:
+        if self._dashboard is None:
+            token = api_key(self.config) if has_api_key(self.config) else None
+            self._dashboard = DashboardDelivery(
+                self._server_url(),
+                token,
+                journal=getattr(self.evsys_attached, "directory", None),
+                delivered=self._delivered,
+                timeout_seconds=self.config.timeout_seconds,
+            )
+            self._dashboard.is_import_due = bool(self._stored_dashboard.get("import_due"))
+            self._dashboard.was_found = bool(self._stored_dashboard.get("found"))
+            self._dashboard.find()
+        return self._dashboard
+
+    async def _write_to_dashboard(self, batch: Sequence[Envelope]) -> int | None:
+        dashboard = self._open_dashboard()
+        if not dashboard.find():
+            if dashboard.journal is None:
+                raise ParkedError("no dashboard is running", fix="start one: evsys-bus dash")
+            if self._is_missed(dashboard):
+                raise RetryLaterError(
+                    "the dashboard was killed; it goes on once `evsys-bus dash` runs again", after_seconds=IDLE_SECONDS
+                )
+            self._delivered |= {each.stream: each.seq for each in batch}
+            dashboard.is_import_due = True
+            self.report_waiting(_NO_DASHBOARD)
+            return None
+        try:
+            done = await dashboard.write(batch)
+        except NotConnectedError:
+            self._forget_target()
+            raise
+        self.report_waiting(None)
+        now = time.monotonic()
+        if now >= self._courier_events_due:
+            self._courier_events_due = now + IDLE_SECONDS
+            with suppress(DeliveryError):  # they are sent again with the next batch
+                await dashboard.send_courier_events()
+        return done
+
+    @staticmethod
+    def _is_missed(dashboard: DashboardDelivery) -> bool:
+        """Whether the dashboard is expected back: it had taken events, and was killed."""
+        return dashboard.was_found and was_killed()
+
+    async def _write_to_hosted(self, batch: Sequence[Envelope]) -> int | None:
         self._deferred_rows, self._ready_rows = {}, []
         deadline, end, failure = time.monotonic() + WRITE_SECONDS, len(batch), None
         try:
@@ -169,9 +294,12 @@ class EvsysSink(Sink):
             done = next((index for index, each in enumerate(sent) if not each), len(batch))
             if not done:
                 raise
+            self._delivered |= {each.stream: each.seq for each in batch[:done]}
             return done  # so that it is not repeated by a later process
         except (DeliveryError, OSError) as error:  # acknowledge first what was sent before it
             failure = error
+            if isinstance(error, RetryLaterError):
+                self._forget_target()
         return self._batch_result(batch, end, failure)
 
     async def close(self) -> None:
@@ -180,20 +308,29 @@ class EvsysSink(Sink):
         if self._gateway is not None:
             await self._gateway.close()
             self._gateway = None
+        if self._dashboard is not None:
+            await self._dashboard.close()
 
     def mark(self) -> dict[str, Any]:
-        """Return the server's IDs of our objects as plain data."""
+        """Return what was delivered, and the server's IDs of our objects, as plain data."""
         self._creator.prune()
-        url = self._requested_url or self._stored_url
+        dashboard = self._dashboard
+        if dashboard is not None:
+            self._stored_dashboard = {"found": dashboard.was_found, "import_due": dashboard.is_import_due}
         return {
-            "url": url,
+            # A later process without a key must not take a dashboard instead of the hosted service.
+            "url": self._server_url() or (DEFAULT_URL if self._target == "hosted" else None),
             "project_id": configured_project(self.config) or self._stored_project,
             **self._known.to_builtins(),
+            "delivered": dict(self._delivered),
+            "dashboard": self._stored_dashboard,
         }
 
     def rewind(self, mark: dict[str, Any]) -> None:
-        """Restore the server's IDs from a mark."""
+        """Restore what was delivered, and the server's IDs, from a mark."""
         self._stored_url, self._stored_project = mark.get("url"), mark.get("project_id")
+        self._delivered |= mark.get("delivered", {})
+        self._stored_dashboard = mark.get("dashboard", {})
         requested = self._requested_url
         if requested is not None and self._stored_url is not None and requested != self._stored_url:
             log().warning(
@@ -245,6 +382,7 @@ class EvsysSink(Sink):
             raise error
         for key in keys[:done]:
             del self._outcomes[key]
+            self._delivered[key[0]] = key[1]
         if rejected and done == len(keys):
             raise RejectedError(rejected)
         return None if done == len(keys) else done
@@ -485,15 +623,19 @@ class EvsysSink(Sink):
         await self._creator.ensure_run(run, ctx, self._project())
         return run
 
+    def _server_url(self) -> str | None:
+        return self._requested_url or self._stored_url
+
     def _project(self) -> str | None:
         return configured_project(self.config) or self._stored_project
 
     async def _call(self, op: str, args: Args) -> Any:
         if self._gateway is None:
-            self._gateway = Gateway(self.config, self._requested_url or self._stored_url or DEFAULT_URL)
+            self._gateway = Gateway(self.config, self._server_url() or DEFAULT_URL)
         return await self._gateway.call(op, args)
 
 
+_NO_DASHBOARD: Final = "waiting for a dashboard: `evsys-bus dash` starts one"
 _EVAL_EXISTS: Final = "it exists since an earlier attempt at the step, and the gateway cannot replace an eval"
 
 
