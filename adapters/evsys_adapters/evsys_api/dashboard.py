@@ -5,7 +5,7 @@ event), so a repeated request changes nothing. Each request names the last event
 before. A dashboard that lacks events up to there, because its database is new or because it was not running, reads the
 journal itself if it is on this machine, and delivery continues after that.
 
-    200                      delivered
+    200 with the sequence    delivered; without it, RetryLaterError: a proxy, a login page
     409                      the dashboard lacks earlier events: it imports the journal, else ParkedError with the fix
     401, 403                 the token of the running dashboard is read again; then ParkedError
     413                      BatchTooLargeError
@@ -46,7 +46,6 @@ IDLE_SECONDS: Final = 2.0
 """How often a dashboard is looked for, and how often what couriers publish is sent."""
 IMPORT_POLL_SECONDS: Final = 0.25
 _COMPRESSED_FROM_BYTES: Final = 1024
-_ERROR_BYTES: Final = 1 << 16
 _MAX_PART_BYTES: Final = 1 << 20
 """Size of a request with events of couriers."""
 _UNREACHABLE: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
@@ -196,6 +195,9 @@ class DashboardDelivery:
             await self._resolve_missing(stream, reply)
             return await self._send(stream, payloads, last)
         self._check(reply)
+        sequence = reply.body.get("sequence")
+        if type(sequence) is not int or sequence < last:
+            raise RetryLaterError(f"{self.url} answers {reply.status} without confirming event {last} of {stream}")
         self._delivered[stream] = last
         self.was_found = True
         self._has_imported = False
@@ -273,8 +275,7 @@ class DashboardDelivery:
         session = await self._open_session()
         try:
             async with session.request(method, url, data=body, headers=sent, allow_redirects=False) as reply:
-                data = await reply.content.read(_ERROR_BYTES)
-                return Reply(reply.status, reply.headers, _json_object(data))
+                return Reply(reply.status, reply.headers, _json_object(await reply.read()))
         except TimeoutError as error:
             raise RetryLaterError(f"{self.url} did not answer within {self._timeout_seconds:g} s") from error
         except self._client_errors as error:
