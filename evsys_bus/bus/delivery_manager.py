@@ -513,9 +513,12 @@ class DeliveryManager:
         return all([pool.join(max(0.0, end - time.monotonic())) for pool in pools]) and process  # noqa: C419 # each
 
     def _can_make_progress(self) -> bool:
-        """Return False if everything pending is for parked adapters or for adapters that cannot be built."""
-        pending = [each for each in self._read_statuses() if each.pending or not each.is_known]
-        return not pending or any(each.state not in _STUCK_STATES for each in pending)
+        """Return False if all that has not ended are parked adapters, and adapters that cannot be built."""
+        statuses = self._read_statuses()
+        if not any(each.pending or not each.is_known for each in statuses):
+            return True
+        unfinished = [each for each in statuses if each.pending or each.busy or not each.is_known]
+        return any(each.state not in _STUCK_STATES for each in unfinished)
 
     def _build_adapter(self, adapter_ref: AdapterRef) -> Callback | Sink:
         """Build an adapter in this process; its recipe was made together with a way to build it."""

@@ -19,8 +19,11 @@ from typing import Any, Final
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback, callback_name, check_return_value
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import SettingError
+from evsys_bus.errors import SettingError, TrainingError
 from evsys_bus.tasks import Deadline, Gate, run_on_loop
+
+
+_SIGNAL_EXIT_CODES: Final = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class SigtermHandler:
@@ -75,6 +78,9 @@ class _ProcessState:
         self.previous_handler: Any = None  # a handler, or SIG_DFL or SIG_IGN
         self.received = False
         self.pid = os.getpid()
+        self.exit_code = 0
+        """What the program gave `sys.exit` last, since it entered a bus."""
+        self.original_exit: Callable[[Any], Any] | None = None
 
 
 _process_state = _ProcessState()
@@ -97,6 +103,20 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         except RuntimeError:  # its loop was just closed
             _process_state.received = False  # possibly nothing was stopped: handle the next signal
             raise
+
+
+def _observe_exit_code() -> None:
+    """Note the code of `sys.exit` from here on: functions that run at exit have no other way to get it."""
+    _process_state.exit_code = 0  # a call before this was caught: the program has continued
+    if _process_state.original_exit is None:
+        _process_state.original_exit, sys.exit = sys.exit, _exit
+
+
+def _exit(status: Any = None, /) -> Any:
+    if threading.current_thread() is threading.main_thread():
+        _process_state.exit_code = status if isinstance(status, int) else int(status is not None)
+    assert _process_state.original_exit is not None
+    return _process_state.original_exit(status)
 
 
 def _restore_previous_handler() -> None:
@@ -148,6 +168,7 @@ class BusLifecycle:
         """
         self._exit_bus, self._owner_pid = exit_bus, os.getpid()
         atexit.register(self._at_exit)
+        _observe_exit_code()
         if self._sigterm_handler is not None and self._sigterm_handler.install() and self.loop is not None:
             self._on_sigterm()
 
@@ -198,11 +219,14 @@ class BusLifecycle:
 
     @staticmethod
     def _cause_of_exit() -> BaseException | None:
-        """Return why the program ends, for runs that are open still: SIGTERM, or an exception that nothing caught."""
-        if _process_state.received:
-            return SystemExit(128 + signal.SIGTERM)
+        """Return why the program ends, for runs that are open still: a signal, an exception, or an exit code."""
+        code = 128 + signal.SIGTERM if _process_state.received else _process_state.exit_code
+        if code in _SIGNAL_EXIT_CODES:
+            return SystemExit(code)
         cause = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        return cause if isinstance(cause, BaseException) else None
+        if isinstance(cause, BaseException):
+            return cause
+        return TrainingError(f"the program ended with exit code {code}", fix="see its output") if code else None
 
     def _on_sigterm(self) -> None:
         """Called in the signal handler."""

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +22,7 @@ from evsys_bus.bus import EventBus, Health, Receipt
 from evsys_bus.cli.check import ExperimentPlan, check_resume, load_plan, plan_json, plan_lines, warn_about_metric
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
-from evsys_bus.cli.output.capture import guard_stdout
+from evsys_bus.cli.output.capture import guard_stdout, keep_output
 from evsys_bus.cli.output.deliveries import (
     ProblemMonitor,
     RanksByAdapter,
@@ -77,6 +77,7 @@ _HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 @click.argument("file", type=click.Path(path_type=Path))
 @output_dir_option("Default: the file's output_dir, or runs/<name>.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and start nothing.")
+@click.option("--output/--no-output", default=True, help="Copy what Python code prints into output.log.")
 @running_options
 @click.pass_obj
 def command(
@@ -84,6 +85,7 @@ def command(
     file: Path,
     output_dir: Path | None,
     dry_run: bool,
+    output: bool,
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     sets: tuple[str, ...],
@@ -114,7 +116,7 @@ def command(
 
     shown_sets = tuple(map(redact_text, sets))
     resume_command = build_command_line("run", file, set=shown_sets, arm=arms, seed=seeds, output_dir=output_dir)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level, output), screen)
 
 
 class RunOptions(NamedTuple):
@@ -128,6 +130,8 @@ class RunOptions(NamedTuple):
     """The command line without ``--resume``, for hints."""
     log_level: int | None = None
     """The least level of log records that are shown; WARNING if None. From ERROR on there is no progress either."""
+    output: bool = True
+    """Whether to copy what Python code prints into the experiment's ``output.log``."""
 
 
 def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
@@ -227,7 +231,10 @@ async def _train(
         raise unwritable_error(plan.folder.absolute(), "the experiment's directory", error) from error
     result: ExperimentResult | None = None
     try:
-        async with bus:
+        async with AsyncExitStack() as stack:
+            if options.output:
+                stack.enter_context(keep_output(plan.folder))
+            await stack.enter_async_context(bus)
             experiment = Experiment(
                 plan.config,
                 bus=bus,

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, cast
 
 from evsys_bus.adapter import Adapter
@@ -39,6 +40,8 @@ COMMIT_SECONDS: Final = 0.2
 MAX_FAILED_MARKS: Final = 10
 """How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
+IDLE_OPEN_SECONDS: Final = 0.3
+"""How long an adapter that has nothing to deliver may take to open once its courier is to end."""
 NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
 
@@ -111,6 +114,7 @@ class Courier:
         self._previous_status = DeliveryStatus()
         """Counts and unconfirmed events of the previous courier."""
         self._stopping = False
+        self._is_opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
         self._commit_due = 0.0
@@ -146,7 +150,7 @@ class Courier:
                 if not self._stopping:
                     await self._run_session(has_cursor=has_cursor)
         except TimeoutError:
-            if not self._stopping:
+            if self._scope is None or not self._scope.expired():
                 raise
         finally:
             self._scope = None
@@ -156,21 +160,24 @@ class Courier:
     def finish(self, deadline: float | None = None) -> None:
         """End once every event in the journal was delivered; from any thread.
 
+        If there are none to deliver, an adapter that cannot be opened is given up.
+
         Args:
             deadline: Until when the adapter's tasks may run after that (monotonic); None for no limit.
         """
         self._deadline = time.monotonic() + NO_DEADLINE_SECONDS if deadline is None else deadline
         self._finishing = True
+        self._call_on_loop(self._give_up_idle_open)
 
     def stop(self) -> None:
         """End now, from any thread: the current batch is cancelled and will be delivered again later."""
         self._stopping = True
-        loop = self._loop
-        if loop is not None:
-            try:
-                loop.call_soon_threadsafe(self._cancel_run)
-            except RuntimeError:
-                pass  # the loop is closed, so nothing is running
+        self._call_on_loop(self._cancel_run)
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, so nothing is running
+                self._loop.call_soon_threadsafe(call)
 
     def publish(self, event: Event) -> None:
         """Record an event that the adapter publishes; discarded if the courier has no `publish` function."""
@@ -263,7 +270,10 @@ class Courier:
         """Open the adapter and bring it to the position of the cursor."""
         cursor = self._store.cursor
         try:
+            self._is_opening = True
+            self._give_up_idle_open()
             await self._receiver.open(self._set_problem)
+            self._is_opening = False
             if cursor.mark is not None:
                 self._receiver.rewind(cursor.mark)
             starts = source.open_run_starts(cursor.steps if has_cursor else None)
@@ -481,6 +491,18 @@ class Courier:
             log=self._log_path,
         )
         self._store.write_status(status, urgent=urgent)
+
+    def _give_up_idle_open(self, *, began: float | None = None) -> None:
+        """End the run if it should finish, nothing is to be delivered, and the adapter cannot be opened or is slow."""
+        loop = self._loop
+        if loop is None or not (self._finishing and self._is_opening):
+            return
+        began = loop.time() if began is None else began
+        is_late = self._problem is not None or loop.time() - began >= IDLE_OPEN_SECONDS
+        if is_late and not self._unconfirmed.owed and not self.counts.pending:
+            self._cancel_run()
+        else:
+            loop.call_later(IDLE_OPEN_SECONDS, partial(self._give_up_idle_open, began=began))
 
     def _cancel_run(self) -> None:
         try:

@@ -242,7 +242,7 @@ class CourierPool:
     async def _deliver_logging_errors(self, worker: "_CourierWorker") -> bool:
         """Call `_deliver`, log its failure, and return whether the courier should end.
 
-        After a failure it ends only if that attempt started after the request to end.
+        After a failure it ends only if that attempt started after the request to end, or nothing is to be delivered.
         """
         requested = worker.requested
         try:
@@ -254,7 +254,7 @@ class CourierPool:
             self._record_failure(worker, error)
         if worker.requested is None:
             await worker.pause(self._restart_seconds)
-        return requested is not None
+        return requested is not None or (worker.requested == "finish" and not self._has_unfinished(worker))
 
     async def _deliver(self, worker: "_CourierWorker") -> bool:
         """Run one courier; return False if it has to be run again."""
@@ -285,15 +285,17 @@ class CourierPool:
         fix = "delivery continues here when that process ends; evsys-bus status shows its progress"
         self._faults.warn("courier.busy", worker.name, courier=worker.name, journal=self._directory, fix=fix)
         worker.failed = True
-        if worker.requested == "finish" and not self._has_pending(worker):
+        if worker.requested == "finish" and not self._has_unfinished(worker):
             return True
         await worker.pause(LOCK_RETRY_SECONDS)
         return False
 
-    def _has_pending(self, worker: "_CourierWorker") -> bool:
+    def _has_unfinished(self, worker: "_CourierWorker") -> bool:
+        """Return whether events are pending or unconfirmed, or may be."""
         if worker.progress is None:
             worker.progress = ProgressReader(self._directory, self._disk)
-        return any(each.pending for each in worker.progress.read() if each.name == worker.name)
+        statuses = [each for each in worker.progress.read() if each.name == worker.name]
+        return any(each.pending or each.owed or not each.is_known for each in statuses)
 
     def _make_courier(self, worker: "_CourierWorker") -> Courier:
         """Create a courier with a newly built adapter: a failed one is in an unknown state."""
