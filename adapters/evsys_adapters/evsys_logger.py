@@ -3,10 +3,11 @@
 The inline half creates IDs; the delivery half, `evsys_api.delivery`, sends the events.
 """
 
-from collections.abc import MutableMapping
+import os
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from evsys_adapters.common.hook_arguments import (
     is_run_of,
@@ -20,13 +21,18 @@ from evsys_adapters.common.hook_arguments import (
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import persistent_id
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
-from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
+from evsys_adapters.evsys_api.dashboard import is_same_server
+from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, has_api_key, is_offline
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
+from evsys_bus.config import build_callbacks
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError
 from evsys_bus.location import local_path, short_digest
+
+if TYPE_CHECKING:
+    from evsys_bus.cli.output.screen import Screen
 
 
 class EvsysLoggerCallback(Callback):
@@ -68,6 +74,34 @@ class EvsysLoggerCallback(Callback):
         self._own_ids: set[str] = set()
         self._announced: set[str] = set()
         self._offline_logged = False
+
+    @staticmethod
+    def open_dashboard(callbacks: Sequence[object], screen: "Screen") -> list[object]:
+        """Show the runs of ``evsys-bus run --dash`` in the dashboard, which is found or started, and opened.
+
+        Args:
+            callbacks: Those of the experiment.
+            screen: Where its URL is shown.
+
+        Returns:
+            The callback to add; empty if one of the experiment sends the events there.
+
+        Raises:
+            DashboardError: The dashboard could not be started.
+        """
+        from evsys_adapters.commands.dash import open_for_run
+
+        state = open_for_run(screen)
+        if is_offline():
+            screen.note("EVSYS_OFFLINE is set: it gets nothing of this run until that is unset")
+            return []
+        own = [each.config for each in callbacks if isinstance(each, EvsysLoggerCallback)]
+        if any(_goes_to(each, state.url) for each in own):
+            return []
+        # By its URL where the environment names another server; else by its state file, also after a restart.
+        params = {} if _goes_to(EvsysLoggerConfig(), state.url) else {"url": state.url}
+        spec = {"kind": EvsysLoggerCallback.name, "params": params, **({"name": "dashboard"} if own else {})}
+        return list(build_callbacks([spec]))
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Set the experiment's ID."""
@@ -151,3 +185,9 @@ def _folder(ctx: object, path: str, file: str) -> Path | None:
         return run_folder(ctx) if file == "run" else local_path(path, "output_dir")
     except ValueError:  # a URL
         return None
+
+
+def _goes_to(config: EvsysLoggerConfig, dashboard_url: str) -> bool:
+    """Whether events of a callback with these parameters go to the running dashboard of this user."""
+    url = config.url or os.environ.get("EVSYS_API_URL", "").strip()
+    return is_same_server(url, dashboard_url) if url else not has_api_key(config)

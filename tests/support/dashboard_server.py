@@ -145,4 +145,4 @@ class DashboardServer(EvsysServer):
                         stored[sequence] = bytes(payload)
             if not stored:
                 del self.streams[stream]
-        return JSONResponse({"state": "done", "events": 2, "of": 2, "error": None})
+        return JSONResponse({"state": "completed", "events": 2, "of": 2, "error": None})

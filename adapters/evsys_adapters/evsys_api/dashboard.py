@@ -64,7 +64,7 @@ class DashboardDelivery:
 
     Args:
         url: URL of the dashboard, without a path; None for the running dashboard of this user.
-        token: Its token; None for that of the running dashboard, if it is the one at ``url``.
+        token: Its token, unless it is the running dashboard of this user.
         journal: The journal; None for a replay, whose events are sent and nothing else.
         delivered: By stream, the sequence of the last event that was acknowledged, here or to no destination; updated.
         timeout_seconds: Timeout of one request.
@@ -102,8 +102,8 @@ class DashboardDelivery:
         state = read_state()
         if self._configured_url is None:
             self.url = None if state is None else state.url
-        if self._configured_token is None:
-            self._token = state.token if state is not None and _same_server(state.url, self.url) else None
+        is_own = state is not None and is_same_server(state.url, self.url)
+        self._token = state.token if state is not None and is_own else self._configured_token
         return self.url is not None
 
     @property
@@ -246,7 +246,7 @@ class DashboardDelivery:
             self._import_id = None
             fix = f"evsys-bus journal verify {self.journal}; then: evsys-bus dash --import {self.journal}"
             raise ParkedError(f"{self.url} could not import the journal: {error}", fix=fix)
-        if state not in IMPORT_ENDED:
+        if state in {"waiting", "running"}:
             what = f"{self.url} imports what it lacks: {events or 0} of {total or '?'} events"
             raise RetryLaterError(what, after_seconds=IMPORT_POLL_SECONDS, waiting=True)
         self._import_id = None
@@ -328,9 +328,6 @@ class DashboardDelivery:
         return True
 
 
-IMPORT_ENDED: Final = frozenset({"done", "completed", "ended", "finished"})
-
-
 class NotConnectedError(RetryLaterError):
     """There was no response; another server may answer next."""
 
@@ -349,7 +346,8 @@ def was_killed() -> bool:
     return read_state() is None and state_path().exists()
 
 
-def _same_server(first: str, second: str | None) -> bool:
+def is_same_server(first: str, second: str | None) -> bool:
+    """Whether two URLs are of the same port of the same host; all names of the loopback interface are one."""
     if second is None:
         return False
     parts = [urlsplit(each) for each in (first, second)]
