@@ -20,8 +20,8 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import persistent_id
-from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.dashboard import is_same_server
+from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, has_api_key, is_offline
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback

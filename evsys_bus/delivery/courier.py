@@ -220,6 +220,16 @@ class Courier:
         return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
 
     @property
+    def handled(self) -> int:
+        """How many events were handled; from any thread."""
+        return self._store.handled
+
+    @property
+    def last_status(self) -> DeliveryStatus | None:
+        """The state that was last written, without counts of events; from any thread."""
+        return self._store.last_status
+
+    @property
     def failure_counts(self) -> HasFailureCounts | None:
         """Failures of the adapter in this courier; None if its receiver does not count them."""
         return self._receiver if isinstance(self._receiver, HasFailureCounts) else None
