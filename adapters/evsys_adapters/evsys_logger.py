@@ -1,4 +1,4 @@
-"""`EvsysLoggerCallback`: sends all events to EvSys without blocking the loop.
+"""`EvsysLoggerCallback`: sends all events to a dashboard or to EvSys without blocking the loop.
 
 The inline half creates IDs; the delivery half, `evsys_api.delivery`, sends the events.
 """
@@ -36,18 +36,23 @@ if TYPE_CHECKING:
 
 
 class EvsysLoggerCallback(Callback):
-    """Logs experiments, groups, runs, metrics, checkpoints and evals to EvSys, in a courier.
+    """Shows experiments, runs, metrics, checkpoints and evals in the dashboard, or logs them to EvSys, in a courier.
 
     The IDs that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are created
     immediately, as UUIDv7, and stored in ``.evsys_ids/`` in the folder of their object: a resumed run has the same IDs,
     and is the same run for EvSys. Existing IDs remain. The server assigns its own IDs; ours is in an experiment's
     ``tags`` and in a run's ``run_config``.
 
-    The API key is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Without one nothing is sent,
-    and everything is sent once there is one: by ``evsys-bus sync``, or by the next run. With ``EVSYS_OFFLINE=1``
-    nothing is sent and nothing stays pending; ``evsys-bus replay RUN --to evsys_logger`` sends it from the journal.
+    Without a URL and an API key, events go to the running dashboard of this user (``evsys-bus dash``); while there is
+    none nothing is pending, and a dashboard that is started during the run imports what it has missed. A server at
+    ``url`` may be a dashboard or EvSys' service. The API key of the service, or the token of a dashboard on another
+    machine, is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Where the service is to be used
+    and there is no key, everything is sent once there is one: by ``evsys-bus sync``, or by the next run. With
+    ``EVSYS_OFFLINE=1`` nothing is sent and nothing stays pending; ``evsys-bus replay RUN --to evsys_logger`` sends it
+    from the journal.
 
-    See `evsys_adapters.evsys_api.delivery` for what is sent when, and what a crash may duplicate.
+    See `evsys_adapters.evsys_api.hosted` for what the service is sent when, and what a crash may duplicate there.
+    A dashboard stores every event once.
 
     Example:
         >>> logger = EvsysLoggerCallback("my-project")
