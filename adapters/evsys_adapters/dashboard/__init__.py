@@ -1,1 +1,1 @@
-"""The dashboard: one process with an embedded database, which receives events and shows experiments in a browser."""
+"""A dashboard of recorded runs: a store of points and entities, pages about them, and the server that shows them."""

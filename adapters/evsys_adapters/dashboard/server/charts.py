@@ -135,18 +135,15 @@ def find_members(store: Store, experiment: str, query: ChartQuery) -> list[Membe
     known = store.catalogue.experiment_id(experiment)
     if known is None:
         raise AnswerError(404, "experiment", "no such experiment", fix="look at the home page; it may be in the trash")
-    runs = {
-        each.id: each
-        for each in store.catalogue.runs_of(known, time.time())
-        if query.runs is None or each.public in query.runs
-    }
     members: list[Member] = []
-    for series, run, rank in store.series.find(list(runs), query.metric):
-        about = runs[run]
-        if rank == (about.rank if query.rank is None else query.rank):
-            members.append(Member(series, run, about.public, about.arm, about.seed, about.state == "running"))
-    order = {run: index for index, run in enumerate(runs)}
-    return sorted(members, key=lambda each: order[each.run])
+    for each in store.catalogue.runs_of(known, time.time()):
+        if query.runs is None or each.public in query.runs:
+            for (series,) in store.database.query(
+                "SELECT id FROM series WHERE run = ? AND rank = ? AND name = ?",
+                *(each.id, each.rank if query.rank is None else query.rank, query.metric),
+            ):
+                members.append(Member(series, each.id, each.public, each.arm, each.seed, each.state == "running"))
+    return members
 
 
 def join_seeds(curves: Sequence[Curve]) -> Curve:

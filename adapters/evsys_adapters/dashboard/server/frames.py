@@ -12,7 +12,8 @@ import msgspec
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, read_chart
 from evsys_adapters.dashboard.server.columns import ColumnWriter
-from evsys_adapters.dashboard.store import Changes, Store
+from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.store import Store
 
 MAX_LIVE_BUCKETS: Final = 64
 """A frame with more buckets would take long for every viewer; they read the chart again instead."""
@@ -54,7 +55,8 @@ class Places:
             found = records.experiment(id_)
             if found is not None:
                 self._experiments[id_] = found.public
-        for id_, run, _, metric in store.series.describe(list(series)):
+        for id_ in series:
+            run, metric = store.database.query("SELECT run, name FROM series WHERE id = ?", id_)[0]
             record = records.run(run)
             experiment = None if record is None else records.experiment(record.experiment)
             if experiment is not None:

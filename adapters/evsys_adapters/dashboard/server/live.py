@@ -31,7 +31,8 @@ from evsys_adapters.dashboard.server.frames import (
     Views,
 )
 from evsys_adapters.dashboard.server.store_thread import StoreThread
-from evsys_adapters.dashboard.store import Changes, Store
+from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
 MAX_TOPIC_BYTES: Final = 8192
