@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.point_stores import brute_buckets, info_of, open_store, points_of
+from support.point_stores import brute_buckets, open_store, points_of
 
 VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0])
 STARTS = st.integers(0, 5000) | st.sampled_from([-3000, -1, 2047, 2048, 10**6, 10**12])
@@ -18,6 +18,7 @@ ROWS = st.tuples(
 ONE = st.tuples(st.just("one"), STARTS, VALUES)
 CUT = st.tuples(st.just("cut"), STARTS)
 OTHER = st.sampled_from([("commit",), ("commit",), ("checkpoint",), ("reopen",), ("kill",)])
+CHECKPOINTS = st.sampled_from([1, 300, 10**6])
 HISTORIES = st.lists(ROWS | ROWS | ONE | ONE | CUT | OTHER, max_size=30)
 
 
@@ -37,14 +38,13 @@ class History:
         self.pending = []
 
     def play(self, op):
-        kind, *rest = op
+        kind = op[0]
         if kind in {"rows", "one", "cut"}:
             self.pending.append(op)
         else:
             if kind != "kill":
                 self.commit()
             getattr(self, kind, lambda: None)()
-        del rest
 
     def commit(self):
         with self.store.transaction():
@@ -118,12 +118,8 @@ class History:
             assert math.isnan(mean) or abs(found[0] / 2 - mean / 2) <= scale / 2 * exact
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(history=HISTORIES, checkpoint_points=st.sampled_from([1, 300, 10**6]))
-def test_any_history_leaves_the_points_of_a_dict(history, checkpoint_points, tmp_path_factory):
-    played = History(tmp_path_factory.mktemp("store"), checkpoint_points)
+def play(history, checkpoint_points, folder):
+    played = History(folder, checkpoint_points)
     for op in history:
         played.play(op)
     played.commit()
@@ -133,3 +129,17 @@ def test_any_history_leaves_the_points_of_a_dict(history, checkpoint_points, tmp
     played.kill()
     played.check()
     played.store.close()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
+def test_any_history_leaves_the_points_of_a_dict(history, checkpoint_points, tmp_path_factory):
+    play(history, checkpoint_points, tmp_path_factory.mktemp("store"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
+def test_many_histories_leave_the_points_of_a_dict(history, checkpoint_points, tmp_path_factory):
+    play(history, checkpoint_points, tmp_path_factory.mktemp("store"))

@@ -14,7 +14,7 @@ from support.steps import step_end
 
 
 class StepPoints:
-    """Each run key is a run, whose id it is, and each metric of a step is a point."""
+    """Each run key is a run, whose id it is, and each metric of a step is a point. One with ``cut`` cuts."""
 
     TABLES = ("CREATE TABLE IF NOT EXISTS applied (events INTEGER NOT NULL)",)
 
@@ -25,10 +25,13 @@ class StepPoints:
     def apply(self, envelope: Envelope, changes: Changes) -> int:
         if not isinstance(envelope.event, StepEnd):
             return 0
-        run = int(envelope.run or 0)
+        run, event = int(envelope.run or 0), envelope.event
         changes.runs.add(run)
         self.database.execute("INSERT INTO applied (events) VALUES (1)")
-        return self.series.add_row(run, envelope.rank, envelope.event.step_idx, envelope.time, envelope.event.metrics)
+        if "cut" in event.metrics:
+            self.series.cut(run, envelope.rank, event.step_idx)
+            return 0
+        return self.series.add_row(run, envelope.rank, event.step_idx, envelope.time, event.metrics)
 
     def count(self) -> int:
         return self.database.query("SELECT COUNT(*) FROM applied")[0][0]

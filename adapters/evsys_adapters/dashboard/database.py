@@ -6,8 +6,8 @@ mean a full disk, another writer or damage. SQL outside of this module is what S
 """
 
 import sqlite3
-from collections.abc import Iterable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
@@ -87,14 +87,17 @@ class SqliteDatabase:
         except sqlite3.Error as error:
             self._lock.release()
             raise self._store_error(error) from error
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            self.execute("PRAGMA page_size = 2048")  # 4096 take 8 % more space, and 40 % more is written
             self.execute("PRAGMA journal_mode = WAL")
+            self.execute("PRAGMA wal_autocheckpoint = 4096")
+            self.execute("PRAGMA secure_delete = OFF")  # where it is on, freed pages of the log are written once more
             self.execute("PRAGMA synchronous = FULL")
+            self.execute("PRAGMA journal_size_limit = 16777216")
             self.execute("PRAGMA temp_store = MEMORY")
             self.execute("PRAGMA cache_size = -32768")
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def query(self, sql: str, *args: object) -> list[Row]:
         """Run a statement and return its rows."""
@@ -124,25 +127,23 @@ class SqliteDatabase:
             self.execute("BEGIN IMMEDIATE")
             self._undone = False
         self._depth += 1
+        completed = False
         try:
             yield
-        except BaseException:
-            self._undone = True
-            raise
+            completed = True
         finally:
             self._depth -= 1
-            if self._depth == 0 and self._undone:
-                self._roll_back()
-        if self._depth == 0:
-            if self._undone:  # the caller has caught the error of an inner block
-                raise StoreError(
-                    "a part of this transaction has failed", problem="failed", fix="open the store again, and repeat it"
-                )
-            try:
-                self.execute("COMMIT")
-            except BaseException:
-                self._roll_back()
-                raise
+            self._undone = self._undone or not completed
+            if self._depth == 0:
+                try:
+                    if not self._undone:
+                        self.execute("COMMIT")
+                finally:
+                    self._roll_back()
+        if self._undone:  # the caller has caught the error of an inner block
+            raise StoreError(
+                "a part of this transaction has failed", problem="failed", fix="open the store again, and repeat it"
+            )
 
     def tables(self) -> set[str]:
         """Return the names of the tables."""
@@ -158,6 +159,7 @@ class SqliteDatabase:
             self._lock.release()
 
     def _roll_back(self) -> None:
+        """End the transaction if it was not committed."""
         if self._connection.in_transaction:  # a full disk may have ended it already
             try:
                 self._connection.execute("ROLLBACK")

@@ -27,6 +27,9 @@ TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS last_text (
         run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL, body TEXT NOT NULL,
         PRIMARY KEY (run, name))""",
+    """CREATE TABLE IF NOT EXISTS journal_status (
+        journal TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL,
+        PRIMARY KEY (journal, kind, name))""",
     """CREATE TABLE IF NOT EXISTS event_count (
         owner INTEGER NOT NULL, type TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (owner, type))""",
     """CREATE TABLE IF NOT EXISTS kept_event (
@@ -46,6 +49,19 @@ class Alert(NamedTuple):
     text: str
     level: str
     time: float
+
+
+class JournalStatus(NamedTuple):
+    """What a courier has reported last about its journal."""
+
+    journal: str
+    kind: str
+    """``delivery``: the status of an adapter. ``hooks``: how long the hooks of a rank take."""
+    name: str
+    """The adapter, or the rank."""
+    time: float
+    body: Any
+    """The fields of a `DeliveryStatus` that differ from their defaults; or a list with those of each `HookHealth`."""
 
 
 class Details:
@@ -167,6 +183,26 @@ class Details:
         """Return the last text of each name of a row that is no number, with its step."""
         rows = self._database.query("SELECT name, step, body FROM last_text WHERE run = ? ORDER BY name", run)
         return {name: (step, body) for name, step, body in rows}
+
+    def set_status(self, journal: str, kind: str, name: str, time: float, body: object) -> None:
+        """Replace what is known about the journal; see `JournalStatus`."""
+        self._database.execute(
+            "INSERT INTO journal_status (journal, kind, name, time, body) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (journal, kind, name) DO UPDATE SET time = excluded.time, body = excluded.body",
+            *(journal, kind, name, time, encode_json(body).decode()),
+        )
+
+    def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
+        """Return what is known about these journals, by kind and name."""
+        found: list[JournalStatus] = []
+        for journal in journals:
+            rows = self._database.query(
+                "SELECT kind, name, time, body FROM journal_status WHERE journal = ? ORDER BY kind, name", journal
+            )
+            found += [
+                JournalStatus(journal, kind, name, time, msgspec.json.decode(body)) for kind, name, time, body in rows
+            ]
+        return found
 
     def keep_event(self, owner: int, kind: str, parts: Mapping[str, Any], time: float) -> None:
         """Count an event of a type, and keep it; only the newest 10,000 stay."""

@@ -3,6 +3,7 @@
 Widths are powers of two. A width is made of the widest stored buckets that fit into it, or of points where none do.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from evsys_adapters.dashboard.chunks import (
     FINE_BITS,
     MIDDLE_BITS,
     RECORD,
+    Chunk,
     Record,
     point_arrays,
     record_dtype,
@@ -113,32 +115,47 @@ def _columns(database: Database, series: Series, low: int, high: int, bits: int)
     if bits >= shift:
         packed = b"".join([RECORD.pack(*series.record(database, number)) for number in numbers])
         parts.append((np.array(numbers, dtype=np.int64) << shift, _table(np.frombuffer(packed, dtype=record_dtype()))))
-    elif numbers:
-        stored = bits - series.scale
-        column, table = ("r256", "rollup") if stored >= MIDDLE_BITS else ("r32", "rollup")
-        if stored < FINE_BITS:
-            column, table = "body", "raw"
-        rows = [
-            (series.number_of(row_id), body)
-            for row_id, body in database.query(
-                f"SELECT id, {column} FROM {table} WHERE id BETWEEN ? AND ? ORDER BY id",  # noqa: S608 # of the names above
-                series.row_id(numbers[0]),
-                series.row_id(numbers[-1]),
-            )
-            if series.number_of(row_id) not in series.chunks
-        ]
-        if table == "raw":
-            for _, body in rows:
-                steps, values = point_arrays(body)
-                parts.append((steps, _table_of_points(values)))
-        elif rows:
-            starts, records = unpack_records(rows, MIDDLE_BITS if stored >= MIDDLE_BITS else FINE_BITS, series.scale)
-            parts.append((starts, _table(records)))
-        for number in numbers:
-            if number in series.chunks:
-                chunk = series.chunks[number]
-                parts.append((np.array(chunk.steps, dtype=np.int64), _table_of_points(np.array(chunk.values))))
+    else:
+        stored = [number for number in numbers if number not in series.chunks]
+        if stored:
+            parts += _stored_parts(database, series, stored, bits - series.scale)
+        parts += [_points_in_memory(series.chunks[number], low, high) for number in numbers if number in series.chunks]
     return _bucketed(series.id, parts, low, high, bits)
+
+
+def _stored_parts(
+    database: Database, series: Series, numbers: Sequence[int], bits: int
+) -> "list[tuple[NDArray[Any], NDArray[Any]]]":
+    """Read these chunks in their widest buckets of at most ``1 << bits`` steps of scale 0, as parts of `_bucketed`."""
+    column, table = ("r256", "rollup") if bits >= MIDDLE_BITS else ("r32", "rollup")
+    if bits < FINE_BITS:
+        column, table = "body", "raw"
+    known = set(numbers)
+    rows = [
+        (series.number_of(row_id), body)
+        for row_id, body in database.query(
+            f"SELECT id, {column} FROM {table} WHERE id BETWEEN ? AND ? ORDER BY id",  # noqa: S608 # of the names above
+            series.row_id(numbers[0]),
+            series.row_id(numbers[-1]),
+        )
+        if series.number_of(row_id) in known
+    ]
+    if table == "raw":
+        return [(steps, _table_of_points(values)) for steps, values in (point_arrays(body) for _, body in rows)]
+    starts, records = unpack_records(rows, MIDDLE_BITS if bits >= MIDDLE_BITS else FINE_BITS, series.scale)
+    return [(starts, _table(records))]
+
+
+def _points_in_memory(chunk: Chunk, low: int, high: int) -> "tuple[NDArray[Any], NDArray[Any]]":
+    import numpy as np
+
+    begin, end = bisect_left(chunk.steps, low), bisect_right(chunk.steps, high)
+    steps = chunk.steps[begin:end]
+    if isinstance(steps, range):
+        numbers = np.arange(steps.start, steps.stop, steps.step, dtype=np.int64)
+    else:
+        numbers = np.array(steps, dtype=np.int64)
+    return numbers, _table_of_points(np.array(chunk.values[begin:end]))
 
 
 def _table(records: "NDArray[Any]") -> "NDArray[np.float64]":

@@ -150,7 +150,7 @@ class Series:
 
     def summary(self, database: Database) -> tuple[int, Record] | None:
         """Return the last step and the record of all points, None if there are none."""
-        if self.is_idle:
+        if self.is_idle and self._summary is not None:
             return self._summary
         tail = self.tail(database)
         if tail is None:

@@ -18,6 +18,7 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state, stalled_at
 from evsys_adapters.dashboard.series import SeriesInfo, SeriesStore
+from evsys_adapters.dashboard.values import finite
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.reading import RecordedRun, better_mode
 from evsys_bus.reading.fields import RunFields, differing_keys, is_goal
@@ -366,6 +367,11 @@ class _View:
             "runs": [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()],
             "metrics": self._metric_rows(),
             "same": _same(configs.values(), varying),
+            "deliveries": [
+                {"adapter": each.name, "journal": each.journal, "time": each.time, **fields(each.body)}
+                for each in catalogue.statuses_of(record.id)
+                if each.kind == "delivery"
+            ],
             "alerts": [{**alert._asdict(), "run": public[alert.run]} for alert in alerts],
         }
 
@@ -491,8 +497,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON can represent, else None."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if value is None else finite(value)
 
 
 def _recorded(run: RunRecord) -> RecordedRun:

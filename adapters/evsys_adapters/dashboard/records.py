@@ -104,6 +104,8 @@ class RunRecord(msgspec.Struct, omit_defaults=True):
     environment: dict[str, Any] = {}
     extras: dict[str, Any] = {}
     checkpoints: int = 0
+    starts: dict[str, tuple[int, int, float]] = {}
+    """Stream -> rank, first step and time of the trainings that it has started."""
     hidden: float | None = None
     extra: dict[str, Any] = {}
     """As of an experiment."""

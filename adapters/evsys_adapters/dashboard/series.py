@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from operator import index
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -48,8 +49,6 @@ _SPARSE_POINTS: Final = 64
 """With fewer points in each of so many chunks, their scale is too small."""
 _PORTION: Final = 64
 """Chunks that a transaction writes for a checkpoint under way."""
-_MAX_IDLE_SERIES: Final = 50_000
-"""With more series in memory, those of idle runs leave it."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
@@ -135,10 +134,12 @@ class SeriesStore:
         database: The database, with the tables of `schema`.
         checkpoint_points: A checkpoint begins when the log has more points than this, or than 200 for each open chunk
             up to ten times this.
+        max_idle_series: With more series in memory than this, those of idle runs leave it at the end of a checkpoint.
     """
 
-    def __init__(self, database: Database, *, checkpoint_points: int = 400_000) -> None:
+    def __init__(self, database: Database, *, checkpoint_points: int = 400_000, max_idle_series: int = 50_000) -> None:
         self._database: Final = database
+        self._max_idle_series: Final = max_idle_series
         self._checkpoint_points: Final = checkpoint_points
         self.refused = 0
         """Points without a place: their step is too far from all others, or no int of 53 bits."""
@@ -162,17 +163,22 @@ class SeriesStore:
     def add_row(self, run: int, rank: int, step: int, time: float | None, values: Mapping[str, float]) -> int:
         """Add the values of one step, which replace those that it has, and return how many were added.
 
+        A row whose step or rank is too large is refused, and counted.
+
         Args:
             run: Id of the run.
             rank: Rank of the process that published the row.
-            step: The step; ints of up to 53 bits.
+            step: The step.
             time: When it was published (seconds since the epoch); None leaves the clock of the run as it is.
             values: Name -> value. Names with the prefix `EPOCH` have epochs as steps.
 
         Raises:
-            TypeError: A value is no number. Nothing of the row was added.
+            TypeError: The step is no int, or a value no number. Nothing of the row was added.
+            OverflowError: A value is an int that no float can be. Nothing of the row was added.
         """
-        if not -MAX_STEP < step < MAX_STEP:
+        if type(step) is not int:
+            step = index(step)
+        if not (-MAX_STEP < step < MAX_STEP and -MAX_STEP < rank < MAX_STEP):
             self.refused += len(values)
             return 0
         lane = self._lane(run, rank)
@@ -192,9 +198,8 @@ class SeriesStore:
         return len(values)
 
     def add(self, run: int, rank: int, name: str, step: int, value: float, time: float | None) -> int:
-        """Add one point, as `add_row` does, and return the id of its series."""
-        self.add_row(run, rank, step, time, {name: value})
-        return self._lane(run, rank).series[name].id
+        """Add one point, as `add_row` does, and return the id of its series; 0 if the point was refused."""
+        return self._lane(run, rank).series[name].id if self.add_row(run, rank, step, time, {name: value}) else 0
 
     def cut(self, run: int, rank: int, step: int, *, epochs: bool = False) -> None:
         """Remove the points of a rank from this step on, or with `epochs` those of its epochs from this epoch on."""
@@ -366,15 +371,15 @@ class SeriesStore:
         steps, count = rows.steps, len(rows.series)
         order: list[int] | None = None
         if not all(earlier < later for earlier, later in pairwise(steps)):
-            newest = {step: index for index, step in enumerate(steps)}
+            newest = {step: at for at, step in enumerate(steps)}
             steps = sorted(newest)
             order = [newest[step] * count for step in steps]
         packed = compact(steps)
         first, last = packed[0], packed[-1]
-        for index, series in enumerate(rows.series):
-            values = rows.values[index::count]
+        for place, series in enumerate(rows.series):
+            values = rows.values[place::count]
             if order is not None:
-                values = array("d", [rows.values[at + index] for at in order])
+                values = array("d", [rows.values[at + place] for at in order])
             self._put(series, packed, values)
             self._changes.add_steps(series.id, first, last)
 
@@ -555,7 +560,7 @@ class SeriesStore:
             if series.id not in busy and row_id not in self._written_tails:
                 series.rest()
         self._idle_tails, self._written_tails = self._written_tails, {}
-        if len(self._by_id) <= _MAX_IDLE_SERIES:
+        if len(self._by_id) <= self._max_idle_series:
             return
         busy_runs = {series.run for series, _ in self._unwritten.values()}
         for run in self._lanes.keys() - busy_runs:

@@ -5,10 +5,11 @@ changes nothing. After any other error than `BehindError` inside a transaction t
 a new one with all that was acknowledged.
 """
 
+import importlib
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -17,7 +18,6 @@ from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import Changes, SeriesStore
 from evsys_bus.codec import RunContexts, decode
 from evsys_bus.errors import CodecError, EvsysBusError
-from evsys_bus.events import Envelope
 
 if TYPE_CHECKING:
     from typing import Self
@@ -51,23 +51,17 @@ class Ingested(msgspec.Struct, frozen=True):
     """Events that were new and could not be read; they are skipped for good."""
 
 
-class Entities(Protocol):
-    """What a store does with events: `Catalogue`, or a stand-in for it."""
-
-    def apply(self, envelope: Envelope, changes: Changes) -> int:
-        """Store what an event means, and return the number of points that it had."""
-        ...
-
-
 class _Head(msgspec.Struct):
     seq: int
 
 
+_MAX_SEQUENCE: Final = (1 << 63) - 1
+"""The largest integer of a column."""
 _decode_head: Final = msgspec.msgpack.Decoder(_Head).decode
 
 
 class Store:
-    """The database of a dashboard. It belongs to one process at a time, and is closed by whoever opened it."""
+    """The database of a dashboard. It belongs to one process at a time, which closes it."""
 
     def __init__(
         self,
@@ -76,15 +70,17 @@ class Store:
         store_id: str,
         catalogue: Callable[[Database, SeriesStore], Any],  # a stand-in of a test has a type of its own
         checkpoint_points: int,
+        timeout_seconds: float,
     ) -> None:
         self.path: Final = path
         self.id: Final = store_id
         """A UUID of this database."""
         self.database: Final = database
         self.series: Final = SeriesStore(database, checkpoint_points=checkpoint_points)
-        self.catalogue: Final = catalogue(database, self.series)
+        self.catalogue: Final[Any] = catalogue(database, self.series)
         self._factory: Final = catalogue
         self._checkpoint_points: Final = checkpoint_points
+        self._timeout_seconds: Final = timeout_seconds
         self._contexts: Final = RunContexts()
         self._watermarks: Final[dict[str, int]] = {}
         self._changes: Changes | None = None
@@ -98,6 +94,7 @@ class Store:
         *,
         catalogue: Callable[[Database, SeriesStore], Any] | None = None,
         checkpoint_points: int = 400_000,
+        timeout_seconds: float = 5.0,
     ) -> "Self":
         """Open a database, created if needed, bring it to this version, and apply the log that a kill left.
 
@@ -106,15 +103,15 @@ class Store:
             catalogue: Makes what events are applied to. Its attribute ``TABLES``, if any, has statements that create
                 its tables where they do not exist.
             checkpoint_points: See `SeriesStore`.
+            timeout_seconds: How long a statement waits for another program that has locked the database.
 
         Raises:
             StoreError: It cannot be opened; the error has the fix.
         """
         path = Path(path)
-        if catalogue is None:
-            from evsys_adapters.dashboard.catalogue import Catalogue
-
-            catalogue = Catalogue
+        factory = catalogue
+        if factory is None:
+            factory = importlib.import_module("evsys_adapters.dashboard.catalogue").Catalogue
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -124,32 +121,42 @@ class Store:
                 why=error.strerror,
                 fix="give a path in a folder that you may write",
             ) from error
-        database = SqliteDatabase(path)
-        try:
-            store_id = migrate(database, getattr(catalogue, "TABLES", ()))
-            return cls(path, database, store_id, catalogue, checkpoint_points)
-        except BaseException:
-            database.close()
-            raise
+        database = SqliteDatabase(path, timeout_seconds=timeout_seconds)
+        with ExitStack() as stack:
+            stack.callback(database.close)
+            store_id = migrate(database, getattr(factory, "TABLES", ()))
+            store = cls(path, database, store_id, factory, checkpoint_points, timeout_seconds)
+            stack.pop_all()
+        return store
 
     def reopen(self) -> "Self":
         """Close this store, whatever state it is in, and open it again."""
         self._close_database()
-        return type(self).open(self.path, catalogue=self._factory, checkpoint_points=self._checkpoint_points)
+        return type(self).open(
+            self.path,
+            catalogue=self._factory,
+            checkpoint_points=self._checkpoint_points,
+            timeout_seconds=self._timeout_seconds,
+        )
 
     @contextmanager
     def transaction(self) -> Generator[Changes]:
         """Commit what the block does at once, together with the points that it added.
 
         Blocks inside a block join it: several calls of `ingest` cost one sync of the disk. The changes are complete
-        after the block.
+        after the block. If it raises, the store is of no use: check what may be refused before the block.
 
         Raises:
             StoreError: The disk refused the transaction, or an earlier one has failed: `reopen` the store.
         """
         self._check_usable()
+        completed = False
         if self._changes is not None:
-            yield self._changes
+            try:
+                yield self._changes
+                completed = True
+            finally:
+                self._failed = self._failed or not completed
             return
         changes = self._changes = Changes()
         try:
@@ -158,11 +165,10 @@ class Store:
                 self._check_usable()  # the block may have caught the error of a part of it
                 self._flush()
                 changes.update(self.series.take_changes())
-        except BaseException:
-            self._failed = True
-            raise
+            completed = True
         finally:
             self._changes = None
+            self._failed = self._failed or not completed
 
     def ingest(self, stream: str, after: int, payloads: Sequence[bytes | memoryview]) -> Ingested:
         """Store encoded envelopes of one stream, in one transaction, or in the one that is open.
@@ -183,7 +189,7 @@ class Store:
             raise BehindError(stream, after, watermark)
         changes = Changes()
         sequence, events, points, unreadable = watermark, 0, 0, 0
-        previous = after
+        previous, completed = after, False
         with self.transaction() as outer:
             try:
                 for payload in payloads:
@@ -193,6 +199,9 @@ class Store:
                         previous = _sequence_of(payload, previous + 1)
                         unreadable += previous > sequence
                         sequence = max(sequence, previous)
+                        continue
+                    if not 0 < envelope.seq <= _MAX_SEQUENCE:
+                        unreadable += 1
                         continue
                     previous = envelope.seq
                     if previous <= sequence:
@@ -209,9 +218,9 @@ class Store:
                     )
                     self._watermarks[stream] = sequence
                 self._flush()
-            except BaseException:
-                self._failed = True
-                raise
+                completed = True
+            finally:
+                self._failed = self._failed or not completed
             changes.update(self.series.take_changes())
             outer.update(changes)
         return Ingested(sequence, events, points, changes, unreadable)
@@ -266,6 +275,7 @@ class Store:
 def _sequence_of(payload: bytes | memoryview, otherwise: int) -> int:
     """Return the sequence number of an envelope that cannot be read as a whole."""
     try:
-        return _decode_head(payload).seq
+        sequence = _decode_head(payload).seq
     except (msgspec.MsgspecError, RecursionError):
         return otherwise
+    return sequence if 0 < sequence <= _MAX_SEQUENCE else otherwise
