@@ -33,6 +33,9 @@ class StepPoints:
             return 0
         return self.series.add_row(run, envelope.rank, event.step_idx, envelope.time, event.metrics)
 
+    def flush(self) -> None:
+        """What is applied is in the database at once."""
+
     def count(self) -> int:
         return self.database.query("SELECT COUNT(*) FROM applied")[0][0]
 

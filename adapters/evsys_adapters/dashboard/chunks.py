@@ -8,7 +8,7 @@ begins at a multiple of it.
 import struct
 import zlib
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import isfinite, nan
@@ -67,7 +67,11 @@ class Chunk:
             self.steps = _joined(known, steps)
             self.values.extend(values)
         else:
-            self._merge(steps, values)
+            later = bisect_right(steps, known[-1])
+            self._merge(steps[:later], values[:later])
+            if later < len(steps):
+                self.steps = _joined(self.steps, steps[later:])
+                self.values.extend(values[later:])
             self._record = None
 
     def cut(self, step: int) -> None:
@@ -85,6 +89,10 @@ class Chunk:
         return self._record
 
     def _merge(self, steps: Steps, values: "array[float]") -> None:
+        start = bisect_left(self.steps, steps[0])
+        if self.steps[start : start + len(steps)] == steps:  # as when a log is applied again
+            self.values[start : start + len(steps)] = values
+            return
         if len(steps) > 32:  # noqa: PLR2004 # sorting once takes less time than that many insertions
             points = dict(zip(self.steps, self.values, strict=True))
             points.update(zip(steps, values, strict=True))

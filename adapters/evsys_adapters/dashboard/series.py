@@ -47,8 +47,8 @@ _DENSE_POINTS: Final = 8_192
 """With so many points in a chunk, its scale is too large."""
 _SPARSE_POINTS: Final = 64
 """With fewer points in each of so many chunks, their scale is too small."""
-_PORTION: Final = 64
-"""Chunks that a transaction writes for a checkpoint under way."""
+_PORTION: Final = 16
+"""Chunks that a transaction writes for a checkpoint under way; one for each 200 of its points if that is more."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
@@ -274,6 +274,7 @@ class SeriesStore:
                 [(each.id, each.run, each.rank, each.name, each.scale) for each in self._new],
             )
             self._new = []
+        logged = self._log_points
         if self._pending:
             self._apply()
             self._log()
@@ -283,9 +284,9 @@ class SeriesStore:
         ):
             self._checkpoint = list(self._unwritten), self._log_id, self._log_points
         if self._checkpoint is not None:
-            rows = self._checkpoint[0]
-            self._due.update(rows[-_PORTION:])
-            del rows[-_PORTION:]
+            rows, portion = self._checkpoint[0], max(_PORTION, (self._log_points - logged) // 200)
+            self._due.update(rows[-portion:])
+            del rows[-portion:]
         self._write(self._due)
         self._due = set()
         if self._checkpoint is not None and not self._checkpoint[0]:

@@ -5,14 +5,14 @@ changes nothing. After any other error than `BehindError` inside a transaction t
 a new one with all that was acknowledged.
 """
 
-import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError
 from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import Changes, SeriesStore
@@ -68,7 +68,7 @@ class Store:
         path: Path,
         database: Database,
         store_id: str,
-        catalogue: Callable[[Database, SeriesStore], Any],  # a stand-in of a test has a type of its own
+        catalogue: Callable[[Database, SeriesStore], Catalogue],
         checkpoint_points: int,
         timeout_seconds: float,
     ) -> None:
@@ -77,7 +77,7 @@ class Store:
         """A UUID of this database."""
         self.database: Final = database
         self.series: Final = SeriesStore(database, checkpoint_points=checkpoint_points)
-        self.catalogue: Final[Any] = catalogue(database, self.series)
+        self.catalogue: Final = catalogue(database, self.series)
         self._factory: Final = catalogue
         self._checkpoint_points: Final = checkpoint_points
         self._timeout_seconds: Final = timeout_seconds
@@ -92,7 +92,7 @@ class Store:
         cls,
         path: str | Path,
         *,
-        catalogue: Callable[[Database, SeriesStore], Any] | None = None,
+        catalogue: Callable[[Database, SeriesStore], Catalogue] = Catalogue,
         checkpoint_points: int = 400_000,
         timeout_seconds: float = 5.0,
     ) -> "Self":
@@ -109,9 +109,6 @@ class Store:
             StoreError: It cannot be opened; the error has the fix.
         """
         path = Path(path)
-        factory = catalogue
-        if factory is None:
-            factory = importlib.import_module("evsys_adapters.dashboard.catalogue").Catalogue
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -124,8 +121,8 @@ class Store:
         database = SqliteDatabase(path, timeout_seconds=timeout_seconds)
         with ExitStack() as stack:
             stack.callback(database.close)
-            store_id = migrate(database, getattr(factory, "TABLES", ()))
-            store = cls(path, database, store_id, factory, checkpoint_points, timeout_seconds)
+            store_id = migrate(database, getattr(catalogue, "TABLES", ()))
+            store = cls(path, database, store_id, catalogue, checkpoint_points, timeout_seconds)
             stack.pop_all()
         return store
 
@@ -253,9 +250,7 @@ class Store:
             self._close_database()
 
     def _flush(self) -> None:
-        flush = getattr(self.catalogue, "flush", None)
-        if flush is not None:
-            flush()
+        self.catalogue.flush()
         self.series.flush()
 
     def _check_usable(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, TypeVar, cast
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from evsys_adapters.dashboard import hosted, pages
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
 from evsys_adapters.dashboard.server.charts import ChartsQuery, read_charts
@@ -31,9 +32,10 @@ from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.state_file import SERVICE
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.files import DECODE_ERRORS
+
+T = TypeVar("T")
 
 PROTOCOL: Final = 1
 """Version of the routes; a client of another version does not send."""
@@ -163,7 +165,7 @@ class DashboardApp:
 
     async def _start_import(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        journal = body.get("journal") if isinstance(body, dict) else None
+        journal = body.get("journal")
         if not isinstance(journal, str):
             raise AnswerError(400, "journal", "`journal` is missing", fix='send {"journal": "/path/of/a/journal"}')
         return json_response({"import": self._imports.start(journal)}, HTTPStatus.ACCEPTED)
@@ -243,25 +245,38 @@ class DashboardApp:
 
     async def _hosted_gateway(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        if not isinstance(body, dict) or not isinstance(body.get("op"), str):
+        op, args = body.get("op"), body.get("args") or {}
+        if not isinstance(op, str) or not isinstance(args, dict):
             raise AnswerError(400, "op", "`op` is missing", fix='send {"op": "NAME", "args": {…}}')
-        changes = Changes()
-        try:
-            result = await self._store.call(hosted.call, body["op"], body.get("args") or {}, changes)
-        except hosted.HostedError as error:
-            raise AnswerError(error.status, "hosted", str(error), fix="see the operations in the message") from error
-        self._publish(changes)
+        result = await self._call_hosted(hosted.call, op, cast("dict[str, Any]", args))
         return json_response({"result": result})
 
     async def _hosted_rest(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        changes = Changes()
-        try:
-            status, answer = await self._store.call(hosted.rest, request.path_params["path"], body, changes)
-        except hosted.HostedError as error:
-            raise AnswerError(error.status, "hosted", str(error), fix="see the message") from error
-        self._publish(changes)
+        status, answer = await self._call_hosted(hosted.rest, request.path_params["path"], body)
         return json_response(answer, status)
+
+    async def _call_hosted(
+        self, work: Callable[[Store, str, dict[str, Any], Changes], T], name: str, args: dict[str, Any]
+    ) -> T:
+        """Answer a call of a client of the hosted service.
+
+        Such a client waits for each answer inside the training loop, so the disk is not waited for.
+        """
+        changes = Changes()
+
+        def run(store: Store) -> "T | hosted.HostedError":
+            with store.database.relaxed():
+                try:
+                    return work(store, name, args, changes)
+                except hosted.HostedError as error:
+                    return error
+
+        result = await self._store.call(run)
+        self._publish(changes)
+        if isinstance(result, hosted.HostedError):
+            raise AnswerError(result.status, "hosted", result.message, fix="see /api/openapi.json")
+        return result
 
     def _publish(self, changes: Changes) -> None:
         self._last_ingest = time.monotonic()

@@ -17,6 +17,7 @@ _GZIP_WINDOW: Final = 31
 _MAX_INLINE_BYTES: Final = 64 << 10
 """Larger bodies are decompressed on a worker thread."""
 
+_decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _envelopes: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
@@ -40,14 +41,14 @@ class BodyReader:
         self._limits = limits
         self._bytes_under_way = 0
 
-    async def read_json(self, request: Request) -> Any:
-        """Return the JSON of a body; an empty one is an empty object. Raises AnswerError."""
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object of a body; an empty body is an empty object. Raises AnswerError."""
         body = await self.read(request, self._limits.max_json_bytes)
         try:
-            return msgspec.json.decode(body) if body.strip() else {}
+            return _decode_object(body) if body.strip() else {}
         except DECODE_ERRORS as error:
             raise AnswerError(
-                HTTPStatus.BAD_REQUEST, "json", f"the body is not JSON: {error}", fix="send a JSON object"
+                HTTPStatus.BAD_REQUEST, "json", f"the body is no JSON object: {error}", fix="send a JSON object"
             ) from error
 
     async def read(self, request: Request, max_bytes: int) -> bytes:

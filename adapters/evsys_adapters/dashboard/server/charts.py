@@ -70,7 +70,8 @@ class Curve(NamedTuple):
     mean: "Numbers"
     min: "Numbers"
     max: "Numbers"
-    count: "Numbers"
+    points: "Numbers"
+    """Number of finite values."""
     bad: "Numbers"
     sd: "Numbers | None" = None
 
@@ -126,7 +127,7 @@ def read_chart(
         for member, curve in curves:
             about = {"kind": "member", "arm": member.arm, "run": member.public, "seed": member.seed, "n": 1}
             lines.append({**about, **_columns(writer, curve, [member.run], clocks, query.x)})
-    total = sum(int(curve.count.sum() + curve.bad.sum()) for _, curve in curves)
+    total = sum(int(curve.points.sum() + curve.bad.sum()) for _, curve in curves)
     return {"metric": query.metric, "width": found.width, "total": total, "lines": lines}
 
 
@@ -178,7 +179,7 @@ def join_seeds(curves: Sequence[Curve]) -> Curve:
         mean,
         np.fmin.reduce(matrix("min", np.nan), axis=0),
         np.fmax.reduce(matrix("max", np.nan), axis=0),
-        matrix("count", 0.0).sum(axis=0),
+        matrix("points", 0.0).sum(axis=0),
         matrix("bad", 0.0).sum(axis=0),
         sd,
     )
@@ -191,7 +192,7 @@ def _curve(columns: Any) -> Curve:
 def _without_live_edge(curve: Curve, width: int, member: Member) -> Curve:
     if width == 1 or not member.is_running or len(curve.x) < 2:  # noqa: PLR2004 # the last bucket and one before it
         return curve
-    points = curve.count[-2:] + curve.bad[-2:]
+    points = curve.points[-2:] + curve.bad[-2:]
     if points[1] * _LIVE_EDGE_SHARE >= points[0]:
         return curve
     return Curve(*(each[:-1] for each in curve if each is not None))
@@ -202,7 +203,7 @@ def _columns(
 ) -> dict[str, Any]:
     x = curve.x if axis == "step" else _seconds(curve.x, [clocks[run] for run in runs], axis)
     columns: dict[str, Any] = {
-        "points": int(curve.count.sum()),
+        "points": int(curve.points.sum()),
         "bad": int(curve.bad.sum()),
         "end": float(curve.x[-1]),
         "x": writer.add(x),

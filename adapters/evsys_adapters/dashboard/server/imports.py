@@ -1,11 +1,12 @@
 """Importing journals of this machine: of runs that were recorded before the dashboard was there."""
 
+import asyncio
 from collections import OrderedDict
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final, Literal
 
-import anyio
+import anyio.from_thread
 import anyio.to_thread
 import msgspec
 
@@ -13,6 +14,7 @@ from evsys_adapters.dashboard import journals
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.store import Store
 from evsys_bus.errors import EvsysBusError
 
 _MAX_KEPT: Final = 200
@@ -25,9 +27,9 @@ class Import(msgspec.Struct):
     journal: str
     state: Literal["waiting", "running", "completed", "failed"] = "waiting"
     events: int = 0
-    """Events read so far, those that the database had already included."""
+    """Events that were delivered so far; those that the database had before do not count."""
     of: int | None = None
-    """Events to read, as far as known."""
+    """Events to deliver, as far as known."""
     error: str | None = None
 
 
@@ -43,7 +45,7 @@ class JournalImports:
         self._store: Final = store
         self._ingester: Final = ingester
         self._imports: Final[OrderedDict[str, Import]] = OrderedDict()
-        self._send, self._receive = anyio.create_memory_object_stream[Import](_MAX_WAITING)
+        self._waiting: Final[asyncio.Queue[Import]] = asyncio.Queue(_MAX_WAITING)
 
     @property
     def is_running(self) -> bool:
@@ -70,8 +72,8 @@ class JournalImports:
                 return id_
         new = Import(journal)
         try:
-            self._send.send_nowait(new)
-        except anyio.WouldBlock as error:
+            self._waiting.put_nowait(new)
+        except asyncio.QueueFull as error:
             raise AnswerError(429, "imports", "too many imports wait", fix="wait for them") from error
         id_ = token_hex(8)
         self._imports[id_] = new
@@ -89,7 +91,8 @@ class JournalImports:
 
     async def run(self) -> None:
         """Import what is requested, until cancelled."""
-        async for each in self._receive:
+        while True:
+            each = await self._waiting.get()
             each.state = "running"
             try:
                 await self._import(each)
@@ -99,8 +102,18 @@ class JournalImports:
                 each.state = "completed"
 
     async def _import(self, each: Import) -> None:
-        batches = await anyio.to_thread.run_sync(journals.read_batches, each.journal)
-        while (batch := await anyio.to_thread.run_sync(next, batches, None)) is not None:
-            stream, after, payloads, each.of = batch
-            await self._ingester.ingest(stream, after, payloads)
-            each.events += len(payloads)
+        for journal in await anyio.to_thread.run_sync(journals.journals_of, each.journal):
+            batches = journals.read_batches(journal, self._watermark)
+            before = each.events
+            while (batch := await anyio.to_thread.run_sync(next, batches, None)) is not None:
+                each.of = max(before + batch.total, each.events + len(batch.payloads))
+                await self._ingester.ingest(batch.stream, batch.after, batch.payloads)
+                each.events += len(batch.payloads)
+
+    def _watermark(self, stream: str) -> int:
+        """Return what the database has of a stream; called on the thread that reads the journal."""
+
+        async def read() -> int:
+            return await self._store.call(Store.watermark, stream)
+
+        return anyio.from_thread.run(read)

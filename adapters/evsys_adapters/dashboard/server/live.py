@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import anyio
 import msgspec
 
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
 from evsys_adapters.dashboard.server.columns import ColumnWriter
@@ -31,7 +32,6 @@ from evsys_adapters.dashboard.server.frames import (
     Views,
 )
 from evsys_adapters.dashboard.server.store_thread import StoreThread
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
@@ -95,9 +95,7 @@ class Topic:
         """Append a frame; the oldest one leaves a full ring."""
         self.frames.append(frame)
         if len(self.frames) > (1 if self.source.is_whole else self._ring):
-            removed = self.frames.popleft()
-            if not self.source.is_whole:
-                self.floor = removed.number
+            self.floor = self.frames.popleft().number
 
     def since(self, number: int) -> list[Frame]:
         """Return the frames after a number; a ``reset`` if they are not all there."""
@@ -248,7 +246,7 @@ class LiveHub:
             if not topic.viewers and now > topic.polled_until:
                 del self._topics[topic.name]
             elif topic.source.is_page and now - topic.refreshed > self._limits.refresh_seconds:
-                topic.source.mark_all()
+                topic.source.is_changed = True
         await self._compute_due(self._topics.values())
 
     def _seconds_to_wait(self) -> float | None:

@@ -50,12 +50,13 @@ class PageFiles:
     async def asset(self, request: Request) -> Response:
         """Return a script, a style sheet or an image."""
         name: str = request.path_params["name"]
+        unknown = AnswerError(404, "asset", "no such file", fix="load the page again")
+        if _ASSET_NAME.fullmatch(name) is None:
+            raise unknown
         try:
-            if _ASSET_NAME.fullmatch(name) is None:
-                raise FileNotFoundError(name)
             response = _file_response(self._folder / "assets" / name, request)
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise AnswerError(404, "asset", "no such file", fix="load the page again") from error
+            raise unknown from error
         response.headers["cache-control"] = "public, max-age=31536000, immutable"
         return response
 

@@ -67,6 +67,12 @@ class DashboardServer:
         self._state_path: Final = state
         self._on_ready: Final = on_ready
         self._stop = threading.Event()
+        self._server: _Server | None = None
+
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections."""
+        return 0 if self._server is None else len(self._server.server_state.connections)
 
     def request_stop(self) -> None:
         """Let `run` return; from any thread."""
@@ -108,11 +114,9 @@ class DashboardServer:
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         state = self._make_state(listening)
-        server = _Server(
+        server = self._server = _Server(
             config,
-            should_stop=lambda: (
-                self._stop.is_set() or time.monotonic() - app.last_active > self._idle_seconds
-            ),
+            should_stop=lambda: self._stop.is_set() or time.monotonic() - app.last_active > self._idle_seconds,
             on_started=lambda: self._announce(state),
         )
         try:
@@ -138,7 +142,9 @@ class DashboardServer:
         try:
             state_file.write_state(state, self._state_path)
         except OSError as error:
-            log().warning("dashboard.state_not_written", error=str(error), fix="give clients EVSYS_API_URL and its token")
+            log().warning(
+                "dashboard.state_not_written", error=str(error), fix="give clients EVSYS_API_URL and its token"
+            )
         log().info("dashboard.started", url=state.url, database=state.store)
         if self._on_ready is not None:
             self._on_ready(state)
@@ -177,9 +183,7 @@ def serve(
         allowed_hosts=(*allowed_hosts, *(() if host in {"0.0.0.0", "::", ""} else (host,))),  # noqa: S104 # compared
         open_loopback=open_loopback,
     )
-    DashboardServer(
-        path, host=host, port=port, settings=settings, idle_seconds=idle_seconds, on_ready=on_ready
-    ).run()
+    DashboardServer(path, host=host, port=port, settings=settings, idle_seconds=idle_seconds, on_ready=on_ready).run()
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -222,7 +226,7 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Wait for the end."""
-        while not (self.should_exit or self._should_stop()):
+        while not (self.should_exit or self._should_stop()):  # noqa: ASYNC110 # signal handlers and threads set these
             await asyncio.sleep(_TICK_SECONDS)
 
     @contextlib.contextmanager

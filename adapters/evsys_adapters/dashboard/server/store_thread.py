@@ -14,8 +14,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
