@@ -18,8 +18,10 @@ from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_
 from evsys_bus.bus.handle import add_open_bus, find_bus, remove_open_bus
 from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import (
+    RUN_BOUNDARIES,
     BusLifecycle,
     CallbackCloser,
+    OpenRuns,
     check_threads_are_real,
     close_callback,
     has_cleanup,
@@ -133,6 +135,7 @@ class EventBus:
             "_journal",
             "_lifecycle",
             "_loop_thread",
+            "_open_runs",
             "_publisher",
             "_rank",
             "_recorder",
@@ -181,12 +184,13 @@ class EventBus:
             self._faults,
             patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
-            before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
+            before_event=self._before_event,
         )
         self._task_manager = TaskManager(
             self._get_loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
         )
         self._bare_tasks = HookTaskAdopter(self._publisher.is_publishing, self._owner_at, self._task_manager.adopt)
+        self._open_runs = OpenRuns()
         self._closes_callbacks = False  # set once no hook is called any more
         self._watchdog = Watchdog(
             self._publisher.current_hook,
@@ -446,6 +450,9 @@ class EventBus:
         """End the runs that the program has left open, by the error with which it leaves the bus."""
         for each in reversed(self.runs):
             self._run_step("runs", None, partial(each.end_implied, error))
+        if self._publisher.state == "open":
+            for event in self._open_runs.take_ends(error):
+                self._run_step("runs", None, partial(self.publish, event))
 
     def _complete_exit(self) -> None:
         if self._shutdown is not None and self._shutdown.done():
@@ -596,6 +603,11 @@ class EventBus:
         self._compiled_publish = publish
         if type(self).publish is EventBus.publish:  # not overridden: spare each event the frame of the method
             self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # a function where a method was
+
+    def _before_event(self, event: Event) -> None:
+        self._bare_tasks.adopt_on_running_loop()  # this thread may run a new event loop
+        if type(event) in RUN_BOUNDARIES:
+            self._open_runs.note(event)
 
     def _get_loop(self) -> asyncio.AbstractEventLoop:
         return self._lifecycle.loop or self._loop_thread.loop()

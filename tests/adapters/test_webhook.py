@@ -250,9 +250,12 @@ def test_the_url_is_in_no_file_no_log_and_no_repr(receiver, tmp_path, caplog):
 
 async def test_a_courier_that_was_rebuilt_still_knows_when_a_run_started(receiver, tmp_path, journal):
     events = [*failing_run(tmp_path)]
-    record(journal, events[:4])
-    await deliver(journal, WebhookSink(receiver.url))
-    record(journal, events[4:])
+    with EventBus([], journal=journal) as bus:
+        for each in events[:4]:
+            bus.publish(each)
+        await deliver(journal, WebhookSink(receiver.url))
+        for each in events[4:]:
+            bus.publish(each)
     await deliver(journal, WebhookSink(receiver.url))
     [body] = receiver.bodies
     assert body["metrics"]["lr"] == 0.25

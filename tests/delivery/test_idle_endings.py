@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from evsys_bus import EventBus, LogContext, ParkedError, RunStart, Sink, build_callbacks
+from evsys_bus import EventBus, ExperimentStart, LogContext, ParkedError, Sink, build_callbacks
 from support.waiting import wait_until
 
 KEYS = ("EVSYS_API_KEY", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
@@ -81,7 +81,7 @@ def seconds_to_leave(bus, states, *, pending=0):
     """Leave the bus once its adapter is in one of the states."""
     with bus:
         if pending:
-            bus.publish(RunStart(LogContext("out", run_key="run")))
+            bus.publish(ExperimentStart(LogContext("out")))
         wait_until(lambda: bus.health().deliveries[0].state in states)
         if states == DELIVERING:
             time.sleep(1.0)  # it is inside `open`
@@ -144,7 +144,7 @@ def test_a_parked_adapter_does_not_cut_short_another_that_is_closing(tmp_path):
 
     bus = EventBus(sinks=[HasNoLogin(), Flushes()], journal=tmp_path / "journal")
     with bus:
-        bus.publish(RunStart(LogContext("out", run_key="run")))
+        bus.publish(ExperimentStart(LogContext("out")))
         wait_until(lambda: {each.state for each in bus.health().deliveries} == {"parked", "idle"})
     assert Flushes.closed
     assert {each.name: each.pending for each in bus.receipt.deliveries} == {"HasNoLogin": 1, "Flushes": 0}
