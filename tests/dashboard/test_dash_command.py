@@ -15,6 +15,7 @@ from evsys_adapters.dashboard.state_file import DashboardState, read_state, resp
 from evsys_adapters.dashboard.store import Store
 from evsys_bus import EventBus, LogContext, LoopState, RunEnd, RunResult, RunStart, StepEnd, TrainEnd, TrainStart
 from evsys_bus.context import ArmResult, LoopArtifacts
+from evsys_bus.delivery.progress import read_progress
 from evsys_bus.journal import JournalReader
 from support.journals import read_events
 from support.programs import EVSYS_BUS, run_evsys_bus
@@ -282,8 +283,9 @@ def test_kills_of_the_program_its_courier_and_the_dashboard_leave_every_step_in_
         assert process.stdout.readline()
         return process
 
-    def status():
-        return json.loads((folder / "journal/couriers/evsys_logger.state.json").read_bytes())
+    def courier():
+        [status] = [each for each in read_progress(folder / "journal") if each.name == "evsys_logger"] or [None]
+        return status.pid if status is not None and status.busy else 0
 
     def recorded_events():
         reader = JournalReader(folder / "journal")
@@ -297,7 +299,8 @@ def test_kills_of_the_program_its_courier_and_the_dashboard_leave_every_step_in_
             before = recorded_events()
             wait_until(lambda: recorded_events() > before + 200)  # noqa: B023 # called before the next turn
             if victim == "courier":
-                os.kill(status()["pid"], signal.SIGKILL)
+                wait_until(courier)
+                os.kill(courier(), signal.SIGKILL)
             else:
                 dashboard.kill()
                 dashboard.communicate()
