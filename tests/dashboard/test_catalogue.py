@@ -324,6 +324,26 @@ class TestStates:
         assert "x" in run_of(store).error
 
 
+class TestRanks:
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_the_lowest_rank_that_trains_ends_the_run(self, store, order):
+        ctx = context()
+        ranks = {rank: Delivery(store, f"r{rank}-a", rank=rank) for rank in (0, 1)}
+        for rank in order:
+            train(ranks[rank], ctx, status=None)
+        ranks[1].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        assert (run_of(store).status, run_of(store).rank) == (None, 0)
+        ranks[0].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        ranks[1].send(RunStart(ctx))
+        assert run_of(store).status == "completed"
+
+    def test_the_error_of_another_rank_is_shown(self, store):
+        ctx = context()
+        train(Delivery(store), ctx, status=None)
+        train(Delivery(store, "r3-a", rank=3), ctx, status="failed", error="CUDA out of memory")
+        assert (run_of(store).status, run_of(store).error) == (None, "rank 3: CUDA out of memory")
+
+
 class TestRunFacts:
     def test_config_updates_summaries_environment_and_annotations_are_kept(self, store, delivery):
         ctx = context(
