@@ -472,6 +472,13 @@ class TestExperiments:
         assert (record.status, record.best_arm, record.best_score) == ("completed", "lr=0.2", 0.9)
         assert record.conclusion == "lr=0.2 is best."
 
+    def test_an_earlier_attempt_that_comes_late_does_not_end_an_experiment(self, store):
+        ctx = LogContext("/runs/lr", config=CONFIG)
+        Delivery(store, "r0-000002-20260102T000000-0000abcd", start=START + 100).send(ExperimentStart(ctx))
+        earlier = Delivery(store, "r0-000001-20260101T000000-0000abcd")
+        earlier.send(ExperimentStart(ctx), ExperimentEnd(ctx, ExperimentResult("lr sweep", "cancelled")))
+        assert (experiment_of(store).status, experiment_of(store).ended) == (None, None)
+
     def test_runs_belong_to_the_experiment_of_their_directory(self, store, delivery):
         ctx = LogContext("/runs/lr", config=CONFIG)
         delivery.send(ExperimentStart(ctx))

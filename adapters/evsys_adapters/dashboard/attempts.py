@@ -51,14 +51,21 @@ class Attempts:
         return self._limits[key]
 
 
+def is_earlier(stream: str, time: float, other_stream: str, other_time: float) -> bool:
+    """Return whether a process started before another one: by the counters of their streams, and by time.
+
+    The counters alone do not show it, because a new journal counts from the beginning again.
+    """
+    return time < other_time and stream_sort_key(stream) < stream_sort_key(other_stream)
+
+
 def _limit(run: RunRecord, envelope: Envelope) -> int | None:
-    """Compare by the counters of the streams and by time, because a new journal counts from the beginning again."""
     own = run.starts.get(envelope.stream)
-    time, place = envelope.time if own is None else own[2], stream_sort_key(envelope.stream)
+    time = envelope.time if own is None else own[2]
     later = [
         step
         for stream, (rank, step, started) in run.starts.items()
-        if rank == envelope.rank and started > time and stream_sort_key(stream) > place
+        if rank == envelope.rank and is_earlier(envelope.stream, time, stream, started)
     ]
     return min(later, default=None)
 

@@ -21,7 +21,7 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.logged_values import TRAIN, prefixed
 from evsys_adapters.dashboard import details, evals, hosted_records, records
-from evsys_adapters.dashboard.attempts import Attempts, end_run, end_training, is_replaced, reopen
+from evsys_adapters.dashboard.attempts import Attempts, end_run, end_training, is_earlier, is_replaced, reopen
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.details import Details, JournalStatus
 from evsys_adapters.dashboard.evals import Evals
@@ -500,8 +500,12 @@ class Catalogue:
         ctx = parts.get("ctx")
         experiment = self.records.find_experiment(_identity(envelope, ctx), envelope.time)
         experiment.last = max(envelope.time, experiment.last or 0.0)
+        is_late = experiment.start is not None and is_earlier(envelope.stream, envelope.time, *experiment.start)
         match tag:
+            case "experiment_start" | "experiment_end" if is_late:  # a later attempt is known already
+                pass
             case "experiment_start":
+                experiment.start = (envelope.stream, envelope.time)
                 start_experiment(experiment, json_fields(field(ctx, "config")), envelope.time)
             case "group_start":
                 add_names(experiment.groups, [str(parts.get("group_name"))])
