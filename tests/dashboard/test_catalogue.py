@@ -39,6 +39,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.adapter import RunAnnotated
+from evsys_bus.events import UnknownEvent
 from support.dashboard_stores import (
     START,
     Delivery,
@@ -235,6 +236,39 @@ class TestResume:
         assert points(store, run.id, "train/loss", rank=1) == {2: 9.0}
         assert run.rank == 0
 
+    def test_an_earlier_attempt_that_comes_late_does_not_undo_the_later_one(self, store):
+        ctx = context(config={"lr": 0.1})
+        second = Delivery(store, "r0-000002-20260102T000000-0000abcd", start=START + 100)
+        train(second, ctx, [30.0, 40.0], first_step=2, evals={2: 0.9})
+        first = Delivery(store, "r0-000001-20260101T000000-0000abcd", start=START)
+        train(
+            first,
+            context(config={"lr": 9.0}),
+            [5.0, 4.0, 3.0, 2.0, 1.0],
+            evals={1: 0.1, 2: 0.2},
+            status="failed",
+            error="x",
+        )
+        first.send(
+            Checkpoint(state_of(ctx), ManifestRow("step_2", 1)), Checkpoint(state_of(ctx), ManifestRow("step_5", 4))
+        )
+        run = run_of(store)
+        assert points(store, run.id, "train/loss") == {0: 5.0, 1: 4.0, 2: 30.0, 3: 40.0}
+        assert points(store, run.id, "val/acc") == {1: 0.1, 2: 0.9}
+        assert (run.status, run.error, run.step, run.config) == ("completed", None, 3, {"lr": 0.1})
+        assert [each["name"] for each in store.catalogue.details.checkpoints(run.id)] == ["step_2"]
+
+    @pytest.mark.parametrize(
+        ("stream", "start"),
+        [("r0-000003-20260101T000000-0000abcd", START - 500), ("r0-000001-20260103T000000-0000abcd", START + 500)],
+    )
+    def test_a_resume_with_another_clock_or_a_new_journal_counts_as_the_newest(self, store, stream, start):
+        ctx = context()
+        train(Delivery(store, "r0-000002-20260102T000000-0000abcd"), ctx, [5.0, 4.0, 3.0], status="failed", error="x")
+        train(Delivery(store, stream, start=start), ctx, [7.0], first_step=1)
+        assert points(store, run_of(store).id, "train/loss") == {0: 5.0, 1: 7.0}
+        assert run_of(store).status == "completed"
+
 
 class TestStates:
     @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
@@ -347,6 +381,20 @@ class TestRunFacts:
         Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
         assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
 
+    def test_statuses_of_deliveries_belong_to_the_experiment_of_their_journal(self, store, delivery):
+        def changed(kind, **fields):
+            return UnknownEvent(f"run.{kind}", {"journal": "/runs/lr/journal", **fields})
+
+        delivery.send(RunStart(context()))
+        for pending in (5, 0):
+            delivery.send(
+                changed("delivery_changed", adapter="wandb_logger", status={"state": "live", "pending": pending})
+            )
+        delivery.send(changed("hook_times", rank=0, hooks=[{"callback": "c", "calls": 3}]))
+        status, hooks = store.catalogue.statuses_of(experiment_of(store).id)
+        assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
+        assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(
@@ -454,6 +502,22 @@ class TestPredictions:
             "searched": 10,
         }
 
+    def test_a_search_without_a_match_ends_after_fifty_thousand_and_goes_on_from_there(self, store, delivery):
+        rows = [{"task_id": n, "reward": 0.0} for n in range(50_010)] + [{"task_id": "last", "reward": 1.0}]
+        evals = store.catalogue.evals
+        delivery.send(StepEnd(state_of(context()), 0))
+        with store.transaction():
+            id_ = evals.add(only_run(store), 0, "benchmark", "big", None, START, {}, rows)
+        for conditions in ({"min_reward": 0.5}, {"text": "last"}):
+            page = evals.predictions(id_, limit=5, filter=conditions)
+            assert (page["rows"], page["searched"]) == ([], 50_000)
+            page = evals.predictions(id_, page["next"], limit=5, filter=conditions)
+            assert ([row["task_id"] for row in page["rows"]], page["next"], page["searched"]) == (
+                ["last"],
+                None,
+                50_011,
+            )
+
     def test_nested_values_and_odd_predictions_come_back_whole(self, store, delivery):
         given = [{"metadata": {"steps": [*range(500)]}, "reward": None}, "a text only", {"reward": math.nan}]
         delivery.send(BenchmarkEval(context(), EvalResult("gsm"), given))
@@ -479,6 +543,15 @@ class TestPredictions:
             ("a", None, "item 1"),
             (None, "b", "item 2"),
         ]
+
+
+def test_a_run_from_the_start_begins_its_epochs_anew(store, delivery):
+    ctx = context()
+    train(delivery, ctx, status=None)
+    delivery.send(*(EpochEnd(state_of(ctx), epoch, {"loss": 1.0}) for epoch in range(3)))
+    train(delivery, ctx, status=None)
+    delivery.send(EpochEnd(state_of(ctx), 0, {"loss": 2.0}))
+    assert points(store, only_run(store), "epoch/loss") == {0: 2.0}
 
 
 def test_removing_a_run_leaves_nothing_of_it(store, delivery):

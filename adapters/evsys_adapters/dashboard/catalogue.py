@@ -5,7 +5,8 @@ counted and left out. Records are written in the transaction of the events that 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, TypeGuard, cast
+from math import isfinite
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import msgspec
 
@@ -18,30 +19,41 @@ from evsys_adapters.common.hook_arguments import (
     run_id,
     run_key,
 )
-from evsys_adapters.common.logged_values import TRAIN, prefixed, text_of
+from evsys_adapters.common.logged_values import TRAIN, prefixed
 from evsys_adapters.dashboard import details, evals, hosted_records, records
+from evsys_adapters.dashboard.attempts import Attempts, is_replaced
 from evsys_adapters.dashboard.database import Database
-from evsys_adapters.dashboard.details import Details
+from evsys_adapters.dashboard.details import Details, JournalStatus
 from evsys_adapters.dashboard.evals import Evals
+from evsys_adapters.dashboard.experiment_events import STATUSES, end_experiment, start_experiment
 from evsys_adapters.dashboard.hosted_records import HostedRecords
-from evsys_adapters.dashboard.records import ExperimentRecord, Records, RunIdentity, RunRecord, as_uuid
+from evsys_adapters.dashboard.records import Records, RunIdentity, RunRecord, as_uuid
 from evsys_adapters.dashboard.series import Changes, SeriesStore
-from evsys_bus.config.experiment import ExperimentConfig, count_arms, expand_arms, expand_seeds
+from evsys_adapters.dashboard.values import (
+    UNREADABLE,
+    add_names,
+    add_value,
+    finite,
+    is_step,
+    json_fields,
+    merge_config,
+    numbers_below,
+)
 from evsys_bus.context import LogContext, LoopState
 from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, event_tag
+from evsys_bus.reading import JOURNAL
 
-_MAX_STEPS: Final = 1 << 62
 _MAX_NAMES: Final = 100_000
-_PLANNED_KEYS: Final = ("name", "recipe", "run", "runs", "matrix", "continual", "n_repeats", "seeds")
-_MAX_PLANNED_ARMS: Final = 1_000
-_STATUSES: Final = frozenset({"pending", "completed", "failed", "cancelled"})
+_MAX_RANK: Final = 1 << 31
 _INTERRUPTIONS: Final = ("KeyboardInterrupt", "CancelledError", "SystemExit", "GeneratorExit")
-_UNREADABLE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PACE_WEIGHT: Final = 0.1
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
 """Events that come from threads beside the training, so that it may have stalled nevertheless."""
 _EPOCH: Final = "epoch"
 _SYSTEM: Final = "system"
+
+
+_STATUS_EVENTS: Final = {"run.delivery_changed": "delivery", "run.hook_times": "hooks"}
 
 
 class RunRow(NamedTuple):
@@ -76,6 +88,7 @@ class Catalogue:
         """Number of events whose fields did not fit."""
         self.page_rows: Final[dict[int, Any]] = {}
         """What pages have computed of experiments, by their ids."""
+        self._attempts: Final = Attempts()
         self._routes: Final[dict[tuple[str, str | None, object], int]] = {}
         """Runs by what their steps have: stream, key and directory."""
         self._names: Final[dict[str, str]] = {}
@@ -107,11 +120,16 @@ class Catalogue:
             changes: Receives the ids of the changed runs and experiments.
         """
         event = envelope.event
+        if not isfinite(envelope.time):  # of a foreign program; no column takes it
+            envelope = msgspec.structs.replace(envelope, time=0.0)
+        if abs(envelope.rank) > _MAX_RANK:
+            self.unreadable_events += 1
+            return 0
         try:
             if isinstance(event, StepEnd | Metrics):
                 return self._add_step(envelope, event, changes)
             return self._add_other(envelope, changes)
-        except _UNREADABLE:
+        except UNREADABLE:
             self.unreadable_events += 1
             return 0
 
@@ -119,6 +137,9 @@ class Catalogue:
         """Write what has changed in memory; called once in each transaction."""
         self.records.flush()
         self.details.flush()
+        self.records.limit_memory()
+        if len(self._routes) > _MAX_NAMES:
+            self._routes.clear()
 
     def run_id(self, public: str) -> int | None:
         """Return the id of a run from its public one, or None."""
@@ -143,6 +164,13 @@ class Catalogue:
             for each in self.records.runs(experiment)
         ]
 
+    def statuses_of(self, experiment: int) -> list[JournalStatus]:
+        """Return what couriers have reported last about the journals of an experiment and of its runs."""
+        record = self.records.experiment(experiment)
+        folders = [] if record is None else [record.path, *(run.path for run in self.records.runs(experiment))]
+        journals = [f"{folder.rstrip('/')}/{JOURNAL}" for folder in folders if folder]
+        return self.details.statuses(list(dict.fromkeys(journals)))
+
     def remove_runs(self, runs: Iterable[int]) -> None:
         """Remove runs with all they have; inside a transaction."""
         for run in runs:
@@ -166,8 +194,11 @@ class Catalogue:
     def _add_step(self, envelope: Envelope, event: StepEnd | Metrics, changes: Changes) -> int:
         step, state = event.step_idx, event.state
         run = self._run_of(envelope, state)
-        if not _is_step(step):
+        if not is_step(step):
             self.unreadable_events += 1
+            return 0
+        limit = self._attempts.limit(run, envelope)
+        if limit is not None and step >= limit:
             return 0
         numbers, texts = self._split(event.metrics)
         if numbers:
@@ -208,12 +239,12 @@ class Catalogue:
             if type(value) is float:  # nearly all of them
                 numbers[name] = value
             else:
-                _add_value(name, value, numbers, texts)
+                add_value(name, value, numbers, texts)
         return numbers, texts
 
     def _add_row(self, run: RunRecord, envelope: Envelope, step: object, values: Mapping[str, float]) -> int:
         """Add points that do not belong to a row of training."""
-        if not values or not _is_step(step):
+        if not values or not is_step(step):
             return 0
         return self._series.add_row(run.id, envelope.rank, step, None, values)
 
@@ -240,7 +271,7 @@ class Catalogue:
             del self._routes[key]
 
     def _set_num_steps(self, run: RunRecord, num_steps: object) -> None:
-        if run.num_steps != num_steps and _is_step(num_steps) and num_steps > 0:
+        if run.num_steps != num_steps and is_step(num_steps) and num_steps > 0:
             run.num_steps = num_steps
             self.records.touch(run)
 
@@ -257,6 +288,8 @@ class Catalogue:
             self._add_to_experiment(tag, parts, envelope, changes)
         elif tag == "learnt":
             self._annotate(parts, changes)
+        elif tag in _STATUS_EVENTS:
+            self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
             self.details.keep_event(0, tag, _without_handles(parts), envelope.time)
         elif is_of_run or tag in self._handlers:
@@ -278,7 +311,14 @@ class Catalogue:
         if tag not in _NO_PROGRESS:
             run.last = max(envelope.time, run.last or 0.0)
             self.records.touch_progress(run)
-        self._add_context(run, run_context(handle), replace=tag == "run_start")
+        limit = self._attempts.limit(run, envelope)
+        self._add_context(run, run_context(handle), replace=tag == "run_start" and limit is None)
+        if tag == "train_start":
+            step = field(handle, "step")
+            self._attempts.add(run, envelope, step if is_step(step) else 0)
+            self.records.touch(run)
+        if limit is not None and is_replaced(tag, parts, limit):
+            return 0
         handler = self._handlers.get(tag)
         if handler is None:
             self.details.keep_event(run.id, tag, _without_handles(parts), envelope.time)
@@ -295,8 +335,8 @@ class Catalogue:
         """Add what a context has of its run; ``replace``: the run starts, maybe again with another config."""
         if ctx is None:
             return
-        config = fields(field(ctx, "run_config"))
-        extras = fields(field(ctx, "extras"))
+        config = json_fields(field(ctx, "run_config"))
+        extras = json_fields(field(ctx, "extras"))
         group = field(ctx, "group_name")
         if not (config or extras or group):
             return
@@ -305,7 +345,7 @@ class Catalogue:
         if config:
             arm, seed = config.get("arm"), config.get("seed")
             run.arm = arm if isinstance(arm, str) and arm else run.arm
-            run.seed = seed if _is_step(seed) else run.seed
+            run.seed = seed if is_step(seed) else run.seed
         run.group = group if isinstance(group, str) and group else run.group
         if extras:
             run.extras = run.extras | extras
@@ -327,9 +367,11 @@ class Catalogue:
         _reopen(run)
         self._set_num_steps(run, field(state, "num_steps"))
         step = field(state, "step")
-        if not _is_step(step):
+        if not is_step(step):
             return
         self._series.cut(run.id, rank, step)
+        if step <= 0:
+            self._series.cut(run.id, rank, 0, epochs=True)
         self.evals.cut(run.id, rank, step)
         self.details.cut_contents(run.id, rank, step)
         run.checkpoints = self.details.cut_checkpoints(run.id, rank, step)
@@ -340,16 +382,16 @@ class Catalogue:
         row = parts["row"]
         batch, stopped = field(row, "batch"), field(row, "stopped")
         body = {each: field(row, each) for each in ("epoch", "state_path", "sampler_path", "stopped")}
-        at = batch if _is_step(batch) else 0
+        at = batch if is_step(batch) else 0
         name = str(field(row, "name"))
         run.checkpoints = self.details.add_checkpoint(run.id, envelope.rank, name, at, envelope.time, body)
         run.stop_reason = str(stopped) if stopped else run.stop_reason
 
     def _add_eval(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> int:
         name, step, metrics = str(parts["eval_name"]), parts["step_idx"], parts["metrics"]
-        values = _numbers(name, metrics)
-        _add_names(run.eval_names, values)
-        at = step if _is_step(step) else None
+        values = numbers_below(name, metrics)
+        add_names(run.eval_names, values)
+        at = step if is_step(step) else None
         body = {"metrics": fields(metrics)}
         self.evals.add(run.id, envelope.rank, "eval", name, at, envelope.time, body)
         return self._add_row(run, envelope, step, values)
@@ -357,11 +399,11 @@ class Catalogue:
     def _add_benchmark(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> int:
         result, step = parts["eval_result"], parts.get("step")
         name, metrics = str(field(result, "name")), field(result, "metrics")
-        values = _numbers(name, metrics)
-        _add_names(run.eval_names, values)
-        at = step if _is_step(step) else None
+        values = numbers_below(name, metrics)
+        add_names(run.eval_names, values)
+        at = step if is_step(step) else None
         if at is None:
-            run.finals = run.finals | {each: _finite(value) for each, value in values.items()}
+            run.finals = run.finals | {each: finite(value) for each, value in values.items()}
         more = {each: field(result, each) for each in ("breakdowns", "tags", "eval_seconds") if field(result, each)}
         self.evals.add(
             *(run.id, envelope.rank, "benchmark", name, at, envelope.time, {"metrics": fields(metrics), **more}),
@@ -374,13 +416,13 @@ class Catalogue:
         epoch = parts["epoch"]
         values: dict[str, float] = {}
         texts: dict[str, str] = {}
-        _add_value(_EPOCH, fields(parts["metrics"]), values, texts)
+        add_value(_EPOCH, fields(parts["metrics"]), values, texts)
         for name, text in texts.items():
             self.details.set_text(run.id, name, epoch, text)
         return self._add_row(run, envelope, epoch, values)
 
     def _add_sample(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> int:
-        return self._add_row(run, envelope, parts.get("step"), _numbers(_SYSTEM, parts["values"]))
+        return self._add_row(run, envelope, parts.get("step"), numbers_below(_SYSTEM, parts["values"]))
 
     def _add_rollouts(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         items = list_or_empty(parts.get("rollout_items"))
@@ -392,23 +434,23 @@ class Catalogue:
             for n, each in enumerate(rollouts)
         ]
         step = parts["step_idx"]
-        at = step if _is_step(step) else None
+        at = step if is_step(step) else None
         body = {} if paired else {"items": items}
         self.evals.add(run.id, envelope.rank, "rollout", "rollout", at, envelope.time, body, rows)
 
     def _add_environment(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.environment = fields(parts["facts"])
+        run.environment = json_fields(parts["facts"])
 
     def _update_config(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.config = merge_config(run.config, fields(parts["config"]))
+        run.config = merge_config(run.config, json_fields(parts["config"]))
 
     def _update_summary(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.summary = run.summary | fields(parts["values"])
+        run.summary = run.summary | json_fields(parts["values"])
 
     def _add_content(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         item, step = parts["item"], parts.get("step_idx")
         plain: dict[str, Any] = msgspec.to_builtins(item) if isinstance(item, msgspec.Struct) else fields(item)
-        at = step if _is_step(step) else None
+        at = step if is_step(step) else None
         self.details.add_content(run.id, envelope.rank, at, envelope.time, plain, run_id(parts.get("state")))
 
     def _add_alert(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
@@ -434,17 +476,17 @@ class Catalogue:
     def _end_run(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         result, arm = parts.get("run_result"), parts.get("arm")
         status: object = field(result, "status")
-        run.status = status if isinstance(status, str) and status in _STATUSES else "completed"
+        run.status = status if isinstance(status, str) and status in STATUSES else "completed"
         if run.status == "completed" and run.stop_reason:
             run.status = "stopped"
         error = field(result, "error")
         run.error = str(error) if error else None
         run.ended = envelope.time
-        run.summary = fields(field(result, "metrics")) | run.summary
+        run.summary = json_fields(field(result, "metrics")) | run.summary
         values: dict[str, float] = {}
         for name, value in fields(field(arm, "eval_metrics")).items():
-            _add_value(str(name), value, values, {})
-        run.finals = {name: _finite(value) for name, value in values.items()} | run.finals
+            add_value(str(name), value, values, {})
+        run.finals = {name: finite(value) for name, value in values.items()} | run.finals
         name = field(arm, "name")
         if run.arm is None and isinstance(name, str) and name != run.key:
             run.arm = name
@@ -453,10 +495,23 @@ class Catalogue:
         known = self.records.find("run key", str(parts.get("run")))
         run = None if known is None else self.records.run(known)
         if run is not None:
-            run.extras = run.extras | fields(parts.get("extras"))
+            run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
             changes.runs.add(run.id)
             changes.experiments.add(run.experiment)
+
+    def _add_status(self, tag: str, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
+        """Add what a courier reports of its journal: the status of a delivery, or how long hooks take."""
+        journal, kind = str(parts["journal"]), _STATUS_EVENTS[tag]
+        name, body = (parts["adapter"], parts["status"]) if kind == "delivery" else (parts["rank"], parts["hooks"])
+        self.details.set_status(journal, kind, str(name), time, body)
+        folder = journal.rstrip("/").rpartition("/")[0]
+        run = self.records.find("run path", folder)
+        record = None if run is None else self.records.run(run)
+        experiment = self.records.find("experiment path", folder) if record is None else record.experiment
+        if experiment is not None:
+            self.records.count_change(experiment)
+            changes.experiments.add(experiment)
 
     # -- experiments
 
@@ -466,11 +521,11 @@ class Catalogue:
         experiment.last = max(envelope.time, experiment.last or 0.0)
         match tag:
             case "experiment_start":
-                _start_experiment(experiment, fields(field(ctx, "config")), envelope.time)
+                start_experiment(experiment, json_fields(field(ctx, "config")), envelope.time)
             case "group_start":
-                _add_names(experiment.groups, [str(parts.get("group_name"))])
+                add_names(experiment.groups, [str(parts.get("group_name"))])
             case _:
-                _end_experiment(experiment, parts.get("result"), envelope.time)
+                end_experiment(experiment, parts.get("result"), envelope.time)
         self.records.touch(experiment)
         changes.experiments.add(experiment.id)
 
@@ -485,17 +540,17 @@ class Catalogue:
         """
         result = self.hosted.operations[op](args, time, changes)
         step = args.get("step")
-        if op not in hosted_records.POINT_OPS or not _is_step(step):
+        if op not in hosted_records.POINT_OPS or not is_step(step):
             return result
         run = self.hosted.ensure_run(str(args["run_id"]), time)
         if op == "create_eval":
-            values = _numbers(str(args.get("benchmark_id") or "eval"), args.get("metrics"))
+            values = numbers_below(str(args.get("benchmark_id") or "eval"), args.get("metrics"))
             self._series.add_row(run.id, 0, step, None, values)
             return result
         split = str(args.get("split") or TRAIN)
         numbers: dict[str, float] = {}
         for name, value in hosted_records.metrics_of(args).items():
-            _add_value(name, value, numbers, {})
+            add_value(name, value, numbers, {})
         if numbers:
             values = {self.hosted.series_name(run, name, split): value for name, value in numbers.items()}
             self._series.add_row(run.id, 0, step, time, values)
@@ -503,105 +558,10 @@ class Catalogue:
         return result
 
 
-def planned_runs(config: Mapping[str, Any]) -> tuple[list[str], int | None]:
-    """Return the names of the planned arms in order, and the number of planned runs; None if this is no config of ours.
-
-    No names are returned for more than 1,000 arms.
-    """
-    if "recipe" not in config:
-        return [], None
-    known = {key: config[key] for key in _PLANNED_KEYS if config.get(key) is not None}
-    try:
-        ours = msgspec.convert(known, ExperimentConfig, strict=False)
-        count = count_arms(ours)
-        arms = [each.name for each in expand_arms(ours)] if count <= _MAX_PLANNED_ARMS else []
-        return arms, count * len(expand_seeds(ours)) * max(1, len(ours.continual))
-    except _UNREADABLE:
-        return [], None
-
-
-def merge_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with changes; nested mappings are merged."""
-    merged = dict(config)
-    for name, value in changes.items():
-        before = merged.get(name)
-        is_nested = isinstance(before, dict) and isinstance(value, dict)
-        merged[name] = merge_config(cast("dict[str, Any]", before), cast("Any", value)) if is_nested else value
-    return merged
-
-
-def _start_experiment(experiment: ExperimentRecord, config: dict[str, Any], time: float) -> None:
-    metadata = fields(config.get("metadata"))
-    experiment.has_start = True
-    experiment.status = experiment.ended = experiment.error = experiment.conclusion = None
-    experiment.best_score = experiment.best_arm = None
-    experiment.started = time if experiment.started is None else min(experiment.started, time)
-    experiment.config = config
-    name = config.get("name")
-    experiment.name = name if isinstance(name, str) and name else experiment.name
-    for key in ("hypothesis", "notes"):
-        text = metadata.get(key) or config.get(key)
-        setattr(experiment, key, str(text) if text else getattr(experiment, key))
-    tags = list_or_empty(metadata.get("tags")) or list_or_empty(config.get("tags"))
-    experiment.tags = [str(each) for each in tags] or experiment.tags
-    given = config.get("success_metric") or metadata.get("success_metric")
-    success = {"name": given} if isinstance(given, str) else fields(given)
-    experiment.success_metric = str(success["name"]) if success.get("name") else None
-    mode = success.get("mode")
-    # "max" is the default of our own configs, which have a recipe.
-    known_mode = mode if mode in {"min", "max"} else "max" if "recipe" in config else None
-    experiment.success_mode = known_mode if experiment.success_metric else None
-    experiment.planned_arms, experiment.planned = planned_runs(config)
-
-
-def _end_experiment(experiment: ExperimentRecord, result: object, time: float) -> None:
-    status = field(result, "status")
-    experiment.status = status if isinstance(status, str) and status in _STATUSES else "completed"
-    experiment.ended = time
-    for name in ("conclusion", "hypothesis", "best_arm"):
-        text = field(result, name)
-        setattr(experiment, name, str(text) if text else getattr(experiment, name))
-    score = field(result, "best_score")
-    experiment.best_score = _finite(score) if isinstance(score, int | float) else None
-
-
 def _reopen(run: RunRecord) -> None:
     """Forget how an earlier attempt ended."""
     run.status = run.error = run.ended = run.stop_reason = None
     run.finals = {}
-
-
-def _numbers(prefix: str, metrics: object) -> dict[str, float]:
-    """Return the numbers of a row by name, below a prefix."""
-    numbers: dict[str, float] = {}
-    _add_value(prefix, fields(metrics), numbers, {})
-    return numbers
-
-
-def _add_value(name: str, value: object, numbers: dict[str, float], texts: dict[str, str]) -> None:
-    """Add a value to the numbers or to the texts; those inside a mapping by names like ``outer/inner``."""
-    if isinstance(value, int | float):
-        try:
-            numbers[name] = float(value)
-        except OverflowError:
-            numbers[name] = float("inf") if value > 0 else float("-inf")
-    elif isinstance(value, dict):
-        for key, each in cast("dict[object, object]", value).items():
-            _add_value(f"{name}/{key}", each, numbers, texts)
-    elif value is not None:
-        texts[name] = text_of(value)
-
-
-def _add_names(names: list[str], more: Iterable[str]) -> None:
-    names += [each for each in more if each not in names]
-
-
-def _is_step(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MAX_STEPS
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if abs(value) < float("inf") else None
 
 
 def _without_handles(parts: Mapping[str, Any]) -> dict[str, Any]:

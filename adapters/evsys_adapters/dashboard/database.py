@@ -55,6 +55,13 @@ class Database(Protocol):
         """
         ...
 
+    def relaxed(self) -> AbstractContextManager[None]:
+        """Commit the block's transactions without waiting for the disk.
+
+        They survive the end of the process; a power cut may undo those since the last transaction outside such a block.
+        """
+        ...
+
     def tables(self) -> set[str]:
         """Return the names of the tables."""
         ...
@@ -144,6 +151,15 @@ class SqliteDatabase:
             raise StoreError(
                 "a part of this transaction has failed", problem="failed", fix="open the store again, and repeat it"
             )
+
+    @contextmanager
+    def relaxed(self) -> Generator[None]:
+        """Commit the block's transactions without waiting for the disk. It must not begin inside a transaction."""
+        self.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self.execute("PRAGMA synchronous = FULL")
 
     def tables(self) -> set[str]:
         """Return the names of the tables."""

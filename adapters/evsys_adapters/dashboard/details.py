@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS checkpoint (
@@ -27,6 +27,9 @@ TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS last_text (
         run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL, body TEXT NOT NULL,
         PRIMARY KEY (run, name))""",
+    """CREATE TABLE IF NOT EXISTS journal_status (
+        journal TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL,
+        PRIMARY KEY (journal, kind, name))""",
     """CREATE TABLE IF NOT EXISTS event_count (
         owner INTEGER NOT NULL, type TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (owner, type))""",
     """CREATE TABLE IF NOT EXISTS kept_event (
@@ -46,6 +49,19 @@ class Alert(NamedTuple):
     text: str
     level: str
     time: float
+
+
+class JournalStatus(NamedTuple):
+    """What a courier has reported last about its journal."""
+
+    journal: str
+    kind: str
+    """``delivery``: the status of an adapter. ``hooks``: how long the hooks of a rank take."""
+    name: str
+    """The adapter, or the rank."""
+    time: float
+    body: Any
+    """The fields of a `DeliveryStatus` that differ from their defaults; or a list with those of each `HookHealth`."""
 
 
 class Details:
@@ -85,7 +101,7 @@ class Details:
             "INSERT INTO checkpoint (run, rank, name, step, time, body) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (run, rank, name) "
             "DO UPDATE SET step = excluded.step, time = excluded.time, body = excluded.body",
-            *(run, rank, name, step, time, encode_json(body).decode()),
+            *(run, rank, name, step, time, json_text(body)),
         )
         return self._count_checkpoints(run)
 
@@ -123,7 +139,7 @@ class Details:
         self._database.execute(
             "INSERT INTO content (id, run, rank, step, name, kind, time, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             *(self._next_id("content"), run, rank, step, str(item.get("name")), str(item.get("kind")), time),
-            encode_json({**item, "folder": folder}).decode(),
+            json_text({**item, "folder": folder}),
         )
 
     def cut_contents(self, run: int, rank: int, step: int) -> None:
@@ -168,6 +184,26 @@ class Details:
         rows = self._database.query("SELECT name, step, body FROM last_text WHERE run = ? ORDER BY name", run)
         return {name: (step, body) for name, step, body in rows}
 
+    def set_status(self, journal: str, kind: str, name: str, time: float, body: object) -> None:
+        """Replace what is known about the journal; see `JournalStatus`."""
+        self._database.execute(
+            "INSERT INTO journal_status (journal, kind, name, time, body) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (journal, kind, name) DO UPDATE SET time = excluded.time, body = excluded.body",
+            *(journal, kind, name, time, json_text(body)),
+        )
+
+    def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
+        """Return what is known about these journals, by kind and name."""
+        found: list[JournalStatus] = []
+        for journal in journals:
+            rows = self._database.query(
+                "SELECT kind, name, time, body FROM journal_status WHERE journal = ? ORDER BY kind, name", journal
+            )
+            found += [
+                JournalStatus(journal, kind, name, time, msgspec.json.decode(body)) for kind, name, time, body in rows
+            ]
+        return found
+
     def keep_event(self, owner: int, kind: str, parts: Mapping[str, Any], time: float) -> None:
         """Count an event of a type, and keep it; only the newest 10,000 stay."""
         key = (owner, kind)
@@ -178,7 +214,7 @@ class Details:
         self._database.execute(
             "INSERT INTO kept_event (owner, type, slot, n, time, body) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (owner, type, slot) DO UPDATE SET n = excluded.n, time = excluded.time, body = excluded.body",
-            *(owner, kind, n % _KEPT_EVENTS, n, time, encode_json(parts).decode()),
+            *(owner, kind, n % _KEPT_EVENTS, n, time, json_text(parts)),
         )
         self._counts[key] = n + 1
         self._changed_counts.add(key)

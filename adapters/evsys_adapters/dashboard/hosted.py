@@ -1,9 +1,9 @@
 """What EvSys' own clients speak to the hosted service, answered from the database of the dashboard.
 
-`call` answers the gateway, ``POST sdk/data/``; `rest` answers the older routes below ``sdk/`` as well. A client may raise
-a 4xx in the user's program, and fall silent after a 5xx, so both come only for what could not be meant: an unknown
-operation or route, a missing argument, a step that is no number. Unknown fields are kept, unknown ids are created,
-steps stay as they were sent.
+`call` answers the gateway, ``POST sdk/data/``; `rest` answers the older routes below ``sdk/`` as well. A client may
+raise a 4xx in the user's program, so it comes only for what could not be meant: an unknown operation or route, a
+missing argument, a step that is no number. Unknown fields are kept, unknown ids are created, steps stay as they were
+sent.
 """
 
 import math
@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
+import msgspec
+
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
+from evsys_adapters.dashboard.values import UNREADABLE, clean
 from evsys_bus.context import to_int
 from evsys_bus.errors import did_you_mean
 
@@ -62,7 +65,6 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
 _NAMED_METRICS: Final = ("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_sec")
 """Metrics that a client may send beside the others."""
 _IDS: Final = ("project_id", "experiment_id", "group_id", "run_id", "eval_id", "dataset_id", "benchmark_id")
-_ODD_CONTENT: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class HostedError(Exception):
@@ -98,7 +100,7 @@ def call(
     if read is None and op not in operations and op != "add_prediction":
         names = sorted({*_READS, *operations, "add_prediction"})
         raise HostedError(400, f"unknown op {op!r:.80}; {did_you_mean(op, names) or 'known are ' + ', '.join(names)}")
-    given = {**args}
+    given = _valid_unicode(args)
     for name in _REQUIRED.get(op, ()):
         if given.get(name) is None:
             raise HostedError(400, f"{op} needs {name}")
@@ -110,7 +112,7 @@ def call(
         if read is not None:
             return read(store, given)
         return _write(store, op, given, changes, clock.time() if now is None else now)
-    except _ODD_CONTENT as error:
+    except UNREADABLE as error:
         raise HostedError(400, f"{op} cannot be carried out: {type(error).__name__}: {error!s:.200}") from error
 
 
@@ -165,6 +167,15 @@ def _add_to_run(do: Callable[[str, Args], Any], part: str, args: Args) -> Answer
     return 201, {"ok": True, "id": row["id"], noun: row}
 
 
+def _valid_unicode(args: Mapping[str, Any]) -> Args:
+    """Return a copy of the arguments, without the half characters that JSON can have and no database takes."""
+    try:
+        msgspec.json.encode(args)
+    except (UnicodeEncodeError, TypeError):
+        return clean(args)
+    return {**args}
+
+
 def _read_step(op: str, args: Args) -> None:
     """Make an int of the step, which may be a whole float or the text of a number."""
     step = args.get("step")
@@ -194,7 +205,7 @@ def _write(store: Store, op: str, args: Args, changes: Changes | None, now: floa
                 result = {**args, "id": str(id_)}
             else:
                 result = catalogue.call(op, args, now, changed)
-        except _ODD_CONTENT as error:  # an error inside the block would cost the store
+        except UNREADABLE as error:  # an error inside the block would cost the store
             failure = error
     collected.update(changed)
     if failure is not None:

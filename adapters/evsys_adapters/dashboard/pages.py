@@ -18,6 +18,7 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state, stalled_at
 from evsys_adapters.dashboard.series import SeriesInfo, SeriesStore
+from evsys_adapters.dashboard.values import finite
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.reading import RecordedRun, better_mode
 from evsys_bus.reading.fields import RunFields, differing_keys, is_goal
@@ -60,6 +61,9 @@ _MAX_HEADLINES: Final = 3
 _SPARK_BUCKETS: Final = 24
 _MAX_SAME_CHARS: Final = 200
 _MAX_SHOWN_ARMS: Final = 1_000
+_MAX_LISTED_CHARS: Final = 300
+_MAX_LISTED_TAGS: Final = 50
+"""In the list of experiments; the experiment's own page has all."""
 _BASELINES: Final = ("baseline", "control")
 _LEFT_OUT: Final = frozenset({"failed", "cancelled", "stalled", "pending"})
 """States of runs whose values do not count where an arm has others."""
@@ -73,9 +77,20 @@ _IDLE_SECONDS: Final = 60.0
 class Store(Protocol):
     """What pages read."""
 
-    id: str
-    catalogue: Catalogue
-    series: SeriesStore
+    @property
+    def id(self) -> str:
+        """A UUID of the database."""
+        ...
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The experiments and runs."""
+        ...
+
+    @property
+    def series(self) -> SeriesStore:
+        """Their points."""
+        ...
 
 
 class Headline(NamedTuple):
@@ -302,10 +317,10 @@ class _View:
         record = self._record
         return {
             "id": record.public,
-            "name": record.name,
+            "name": record.name[:_MAX_LISTED_CHARS],
             "state": self._state,
-            "hypothesis": record.hypothesis,
-            "tags": self._tags(),
+            "hypothesis": record.hypothesis and record.hypothesis[:_MAX_LISTED_CHARS],
+            "tags": [tag[:_MAX_LISTED_CHARS] for tag in self._tags()[:_MAX_LISTED_TAGS]],
             "arms": len(self._arms),
             "runs": self._counts(),
             "headline": self._headline_of_home(),
@@ -366,6 +381,11 @@ class _View:
             "runs": [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()],
             "metrics": self._metric_rows(),
             "same": _same(configs.values(), varying),
+            "deliveries": [
+                {"adapter": each.name, "journal": each.journal, "time": each.time, **fields(each.body)}
+                for each in catalogue.statuses_of(record.id)
+                if each.kind == "delivery"
+            ],
             "alerts": [{**alert._asdict(), "run": public[alert.run]} for alert in alerts],
         }
 
@@ -491,8 +511,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON can represent, else None."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if value is None else finite(value)
 
 
 def _recorded(run: RunRecord) -> RecordedRun:

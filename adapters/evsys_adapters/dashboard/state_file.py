@@ -6,6 +6,7 @@ that belongs to another machine with the same home directory, is ignored by read
 
 import http.client
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from evsys_bus.files import load_file
 SERVICE: Final = "evsys-bus-dashboard"
 """What a dashboard answers at ``/health``, which distinguishes it from other servers."""
 
+_MIN_TOKEN_CHARACTERS: Final = 32
 _HEALTH_SECONDS: Final = 1.0
 _MAX_HEALTH_BYTES: Final = 4096
 
@@ -103,6 +105,30 @@ def remove_state(state: DashboardState, path: Path | None = None) -> None:
     path = path or state_path()
     if load_file(path, _decode_state, quarantine=False) == state:
         path.unlink(missing_ok=True)
+
+
+def load_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the token of the user's dashboards, made at the first call; None if the file cannot be used.
+
+    It is the same after a restart, so that open pages and clients continue. Removing the file makes a new one.
+    """
+    path = _user_folder(environ, "XDG_STATE_HOME", ".local/state") / "dashboard-token"
+    try:
+        known = load_file(path, _decode_token, quarantine=True)
+        if known is None:
+            known = secrets.token_urlsafe(32)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_file(path, f"{known}\n".encode(), mode=0o600)
+    except OSError:
+        return None
+    return known
+
+
+def _decode_token(data: bytes) -> str:
+    token = data.decode("ascii").strip()
+    if len(token) < _MIN_TOKEN_CHARACTERS:
+        raise ValueError("it has no token")
+    return token
 
 
 def _user_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:

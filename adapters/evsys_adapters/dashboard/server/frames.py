@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 import msgspec
 
 from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, read_chart
 from evsys_adapters.dashboard.server.columns import ColumnWriter
-from evsys_adapters.dashboard.store import Changes, Store
+from evsys_adapters.dashboard.store import Store
 
 MAX_LIVE_BUCKETS: Final = 64
 """A frame with more buckets would take long for every viewer; they read the chart again instead."""
@@ -54,11 +55,12 @@ class Places:
             found = records.experiment(id_)
             if found is not None:
                 self._experiments[id_] = found.public
-        for id_, run, _, metric in store.series.describe(list(series)):
-            record = records.run(run)
-            experiment = None if record is None else records.experiment(record.experiment)
-            if experiment is not None:
-                self._series[id_] = Place(experiment.public, metric)
+        for id_ in series:
+            for run, metric in store.database.query("SELECT run, name FROM series WHERE id = ?", id_):
+                record = records.run(run)
+                experiment = None if record is None else records.experiment(record.experiment)
+                if experiment is not None:
+                    self._series[id_] = Place(experiment.public, metric)
 
     def add(self, changes: Changes, views: Views) -> None:
         """Add the topics that a batch concerns."""
@@ -73,23 +75,28 @@ class FrameSource:
     """Computes the frames of a topic."""
 
     is_page: ClassVar[bool] = True
-    """Whether frames have all that is to show, or all that differs from earlier frames."""
+    """Whether its frames are built from a page, which time changes too."""
     is_whole: ClassVar[bool] = False
     """Whether each frame replaces all earlier ones."""
 
     def __init__(self) -> None:
         self.is_changed = False
+        self._is_complete = False
 
     def mark(self, views: Views) -> None:
         """Note a change that concerns the topic."""
         raise NotImplementedError
 
     def mark_all(self) -> None:
-        """Have everything computed again."""
-        self.is_changed = True
+        """Have everything sent again."""
+        self.is_changed = self._is_complete = True
 
     def take(self) -> Callable[[Store, ColumnWriter], Content]:
         """Return what computes the next frame on the store's thread; the topic is unmarked."""
+        is_complete, self._is_complete, self.is_changed = self._is_complete, False, False
+        return lambda store, _: self._compute(store, is_complete=is_complete)
+
+    def _compute(self, store: Store, *, is_complete: bool) -> Content:
         raise NotImplementedError
 
 
@@ -99,21 +106,11 @@ class HomeFrame(FrameSource):
     def __init__(self) -> None:
         super().__init__()
         self._rows: dict[str, dict[str, Any]] = {}
-        self._is_complete = False
 
     def mark(self, views: Views) -> None:
         """Note a change of any experiment."""
         if views.experiments:
             self.is_changed = True
-
-    def mark_all(self) -> None:
-        """Have all rows sent again."""
-        self.is_changed = self._is_complete = True
-
-    def take(self) -> Callable[[Store, ColumnWriter], Content]:
-        """Return what computes the next frame."""
-        is_complete, self._is_complete, self.is_changed = self._is_complete, False, False
-        return lambda store, _: self._compute(store, is_complete=is_complete)
 
     def _compute(self, store: Store, *, is_complete: bool) -> Content:
         rows = {row["id"]: row for row in pages.home(store)["experiments"]}
@@ -140,23 +137,19 @@ class ExperimentFrame(FrameSource):
         if self._experiment in views.experiments:
             self.is_changed = True
 
-    def take(self) -> Callable[[Store, ColumnWriter], Content]:
-        """Return what computes the next frame."""
-        self.is_changed = False
-        return lambda store, _: self._compute(store)
-
-    def _compute(self, store: Store) -> Content:
+    def _compute(self, store: Store, *, is_complete: bool) -> Content:
         page = pages.experiment(store, self._experiment)
         if page is None:
             return {"kind": "refetch"}
-        page.pop("now", None)
+        page = {name: value for name, value in page.items() if name != "now"}
         sent, self._sent = self._sent, page
-        if sent == page:
+        if sent == page and not is_complete:
             return None
-        page = dict(page)
-        if sent is not None and _names(sent) == _names(page):
-            del page["metrics"]
-        return {"kind": "data", "experiment": page}
+        is_same = not is_complete and sent is not None and _names(sent) == _names(page)
+        return {
+            "kind": "data",
+            "experiment": {k: v for k, v in page.items() if not (is_same and k == "metrics")} | {"now": time.time()},
+        }
 
 
 class ChartFrame(FrameSource):
@@ -170,26 +163,23 @@ class ChartFrame(FrameSource):
         self._metric = metric
         self._lines: Lines = lines
         self._width = width
-        self._first: int | None = None  # changed step; None for all
+        self._first: int | None = None  # changed step
         self._ends: dict[tuple[str, str, object], float] = {}  # last bucket of each line
 
     def mark(self, views: Views) -> None:
         """Note changed steps of the chart."""
         first = views.charts.get((self._experiment, self._metric))
         if first is not None:
-            self._first = first if not self.is_changed else None if self._first is None else min(first, self._first)
+            self._first = first if not self.is_changed or self._first is None else min(first, self._first)
             self.is_changed = True
-
-    def mark_all(self) -> None:
-        """Have the viewers read the chart again."""
-        self.is_changed, self._first = True, None
 
     def take(self) -> Callable[[Store, ColumnWriter], Content]:
         """Return what computes the next frame."""
-        first, self._first, self.is_changed = self._first, None, False
-        return lambda store, writer: self._compute(store, writer, first)
+        first = None if self._is_complete else self._first
+        self._is_complete = self.is_changed = False
+        return lambda store, writer: self._compute_chart(store, writer, first)
 
-    def _compute(self, store: Store, writer: ColumnWriter, first: int | None) -> Content:
+    def _compute_chart(self, store: Store, writer: ColumnWriter, first: int | None) -> Content:
         refetch: dict[str, Any] = {"kind": "refetch"}
         if first is None:
             return refetch
@@ -202,7 +192,7 @@ class ChartFrame(FrameSource):
             if line["x"][1] > MAX_LIVE_BUCKETS:
                 return refetch
             key = (line["kind"], line["arm"], line["run"])
-            end = line.pop("end")
+            end = line["end"]
             if end < ends.get(key, end):  # a resumed run has removed steps, which a frame cannot express
                 self._ends.clear()
                 return refetch

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import anyio
 import msgspec
 
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
 from evsys_adapters.dashboard.server.columns import ColumnWriter
@@ -31,7 +32,7 @@ from evsys_adapters.dashboard.server.frames import (
     Views,
 )
 from evsys_adapters.dashboard.server.store_thread import StoreThread
-from evsys_adapters.dashboard.store import Changes, Store
+from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
 MAX_TOPIC_BYTES: Final = 8192
@@ -56,8 +57,8 @@ class LiveLimits(msgspec.Struct, frozen=True):
     """How long a topic that is polled lives after the last request."""
     max_history: int = 100_000
     """Changed series and runs that are remembered for topics which have no viewers."""
-    max_share: float = 0.1
-    """Of the time that computing a topic may take; an expensive one is computed less often."""
+    max_share: float = 0.3
+    """Of the time that computing frames may take; what is expensive is computed less often."""
 
 
 class Frame(NamedTuple):
@@ -94,9 +95,7 @@ class Topic:
         """Append a frame; the oldest one leaves a full ring."""
         self.frames.append(frame)
         if len(self.frames) > (1 if self.source.is_whole else self._ring):
-            removed = self.frames.popleft()
-            if not self.source.is_whole:
-                self.floor = removed.number
+            self.floor = self.frames.popleft().number
 
     def since(self, number: int) -> list[Frame]:
         """Return the frames after a number; a ``reset`` if they are not all there."""
@@ -233,13 +232,19 @@ class LiveHub:
             with anyio.move_on_after(self._seconds_to_wait()):
                 await self._wakeup.wait()
             self._wakeup = anyio.Event()
+            start = self._clock()
             try:
                 await self._tick()
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
                 log().warning("dashboard.live_failed", error=error.message)
                 await anyio.sleep(1.0)
+            except Exception:
+                # A view that cannot be computed waits for its next change; the others must go on.
+                log().error("dashboard.live_failed", exc_info=True)
+                await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
-            await anyio.sleep(self._limits.chart_seconds)
+            seconds = self._clock() - start
+            await anyio.sleep(max(self._limits.chart_seconds, seconds / self._limits.max_share - seconds))
 
     async def _tick(self) -> None:
         now = self._clock()
@@ -247,7 +252,7 @@ class LiveHub:
             if not topic.viewers and now > topic.polled_until:
                 del self._topics[topic.name]
             elif topic.source.is_page and now - topic.refreshed > self._limits.refresh_seconds:
-                topic.source.mark_all()
+                topic.source.is_changed = True
         await self._compute_due(self._topics.values())
 
     def _seconds_to_wait(self) -> float | None:

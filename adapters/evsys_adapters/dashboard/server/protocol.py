@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import ClassVar, Final
 
 import msgspec
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -232,6 +233,12 @@ class BoundedWebSocketProtocol(WebSocketsSansIOProtocol):
         """Stop it."""
         self._write_timer.cancel()
         super().resume_writing()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send; a handshake that was refused is complete with the response, and no error of the application."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
 
     async def run_asgi(self) -> None:
         """Run the application; afterwards the client has a few seconds to read the rest."""

@@ -8,22 +8,29 @@ one transaction.
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
+from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.server.answers import AnswerError
-from evsys_adapters.dashboard.store import Store, StoreError
+from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_LOCK_SECONDS: Final = 1.0
+"""How long a call waits for another program that has locked the database, and all other calls with it."""
 _REOPEN_SECONDS: Final = 1.0
 """How long all calls fail at once after the store could not be opened."""
+
+
+def open_store(path: Path) -> Store:
+    """Open the store of a server. Raises StoreError."""
+    return Store.open(path, timeout_seconds=_LOCK_SECONDS)
 
 
 class StoreThread:
@@ -34,21 +41,28 @@ class StoreThread:
         open_store: Opens it; called on the thread, again after a failure.
     """
 
-    def __init__(self, path: Path, open_store: Callable[[Path], Store] = Store.open) -> None:
+    def __init__(self, path: Path, open_store: Callable[[Path], Store] = open_store) -> None:
         self._path = path
         self._open_store = open_store
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
         self._store: Store | None = None
-        self._failure: tuple[float, str, str] | None = None  # until when calls fail at once, and why, and the fix
+        self._failure: tuple[float, str, str] | None = None
+        """Until when calls fail at once, why, and the fix; after that the store is opened again."""
 
     def open(self) -> None:
         """Open the store. Raises StoreError."""
-        self._executor.submit(self._open).result()
+        error = self._executor.submit(self._open).exception()
+        if error is not None:
+            self._executor.shutdown()
+            raise error
+        self._executor.submit(_import_numpy)
 
     def close(self) -> None:
         """Write what is in memory, and close the store. Raises StoreError."""
-        self._executor.submit(self._close).result()
-        self._executor.shutdown()
+        try:
+            self._executor.submit(self._close).result()
+        finally:
+            self._executor.shutdown()
 
     async def call(self, work: Callable[Concatenate[Store, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(store, *args)``, run on the thread.
@@ -58,53 +72,45 @@ class StoreThread:
         """
 
         def run() -> T:
-            with self._guarded() as store:
-                return work(store, *args, **kwargs)
+            return self._run(lambda store: work(store, *args, **kwargs))
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, run)
 
-    @contextmanager
-    def _guarded(self) -> Iterator[Store]:
-        """A context manager that yields the store, and discards it if the block fails: its memory may be ahead of it."""
+    def _run(self, work: Callable[[Store], T], *, is_repeated: bool = False) -> T:
         if self._failure is not None and time.monotonic() < self._failure[0]:
             raise _unavailable(*self._failure[1:])
         try:
-            yield self._store or self._open()
+            if self._store is None or self._failure is not None:
+                self._open()
+            assert self._store is not None
+            return work(self._store)
         except (StoreError, sqlite3.Error) as error:
-            fix = getattr(error, "fix", None) or suggest_fix(error)
-            why = getattr(error, "what", None) or str(error)
-            self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
-            log().warning("dashboard.store_failed", database=str(self._path), error=why, fix=fix)
-            self._discard()
-            raise _unavailable(why, fix) from error
+            if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
+                self._failure = (0.0, "", "")
+            else:
+                why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
+                self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
+                log().warning("dashboard.store_failed", database=str(self._path), error=why, fix=fix)
+                raise _unavailable(why, fix) from error
+        return self._run(work, is_repeated=True)  # an earlier call broke the store: nothing was done in this one
 
-    def _open(self) -> Store:
-        self._store = self._open_store(self._path)
+    def _open(self) -> None:
+        self._store = self._open_store(self._path) if self._store is None else self._store.reopen()
         self._failure = None
-        return self._store
 
     def _close(self) -> None:
         if self._store is not None:
-            store, self._store = self._store, None
-            store.close()
-
-    def _discard(self) -> None:
-        store, self._store = self._store, None
-        if store is not None:
-            try:
-                store.discard()
-            except (StoreError, sqlite3.Error, OSError):
-                pass  # it failed already; the database is as its last transaction left it
+            self._store.close()
 
 
-def suggest_fix(error: BaseException) -> str:
-    """Return what to do about an error of the database."""
-    text = str(error)
-    if "locked" in text or "busy" in text:
-        return "another process uses the database: end it, or start the dashboard with another --db"
-    if "full" in text or "I/O" in text:
-        return "make room on the disk of the database; clients send again what was refused"
-    return "end the dashboard, move the database away, and import the runs again: `evsys-bus dash --import RUN`"
+_REPORT: Final = "report it with the log of the dashboard"
+
+
+def _import_numpy() -> None:
+    """Import what charts need, so that the first one does not wait for it."""
+    import numpy as np
+
+    np.zeros(1)
 
 
 def _unavailable(why: str, fix: str) -> AnswerError:
