@@ -23,7 +23,7 @@ from evsys_adapters.dashboard import hosted, pages
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
-from evsys_adapters.dashboard.server.charts import ChartsQuery, read_charts
+from evsys_adapters.dashboard.server.charts import ChartsQuery, encode_charts
 from evsys_adapters.dashboard.server.guards import HOSTED_PATH, SUBPROTOCOL, Guard
 from evsys_adapters.dashboard.server.imports import JournalImports
 from evsys_adapters.dashboard.server.ingest import Ingester
@@ -194,7 +194,7 @@ class DashboardApp:
     async def _charts(self, request: Request) -> Response:
         query = self._convert(await self._bodies.read_json(request), ChartsQuery)
         frame = self.hub.number
-        body = await self._store.call(read_charts, query, frame)
+        body = await self._store.call(encode_charts, query, frame)
         return await compressed_response(request, body, "application/octet-stream")
 
     async def _poll(self, request: Request) -> Response:
