@@ -82,7 +82,7 @@ class SqliteDatabase:
         StoreError: It cannot be opened, or another process has it open.
     """
 
-    def __init__(self, path: str | Path, *, timeout_seconds: float = 5.0) -> None:
+    def __init__(self, path: str | Path, *, timeout_seconds: float = 1.0) -> None:
         self.path: Final = Path(path)
         self._depth = 0
         self._undone = False
