@@ -502,6 +502,22 @@ class TestPredictions:
             "searched": 10,
         }
 
+    def test_a_search_without_a_match_ends_after_fifty_thousand_and_goes_on_from_there(self, store, delivery):
+        rows = [{"task_id": n, "reward": 0.0} for n in range(50_010)] + [{"task_id": "last", "reward": 1.0}]
+        evals = store.catalogue.evals
+        delivery.send(StepEnd(state_of(context()), 0))
+        with store.transaction():
+            id_ = evals.add(only_run(store), 0, "benchmark", "big", None, START, {}, rows)
+        for conditions in ({"min_reward": 0.5}, {"text": "last"}):
+            page = evals.predictions(id_, limit=5, filter=conditions)
+            assert (page["rows"], page["searched"]) == ([], 50_000)
+            page = evals.predictions(id_, page["next"], limit=5, filter=conditions)
+            assert ([row["task_id"] for row in page["rows"]], page["next"], page["searched"]) == (
+                ["last"],
+                None,
+                50_011,
+            )
+
     def test_nested_values_and_odd_predictions_come_back_whole(self, store, delivery):
         given = [{"metadata": {"steps": [*range(500)]}, "reward": None}, "a text only", {"reward": math.nan}]
         delivery.send(BenchmarkEval(context(), EvalResult("gsm"), given))
@@ -527,6 +543,15 @@ class TestPredictions:
             ("a", None, "item 1"),
             (None, "b", "item 2"),
         ]
+
+
+def test_a_run_from_the_start_begins_its_epochs_anew(store, delivery):
+    ctx = context()
+    train(delivery, ctx, status=None)
+    delivery.send(*(EpochEnd(state_of(ctx), epoch, {"loss": 1.0}) for epoch in range(3)))
+    train(delivery, ctx, status=None)
+    delivery.send(EpochEnd(state_of(ctx), 0, {"loss": 2.0}))
+    assert points(store, only_run(store), "epoch/loss") == {0: 2.0}
 
 
 def test_removing_a_run_leaves_nothing_of_it(store, delivery):

@@ -126,6 +126,17 @@ def test_what_was_delivered_is_skipped_and_the_rest_is_imported(store, tmp_path)
     assert losses_of(store, "a") == {n: float(n) for n in range(50)}
 
 
+def test_only_what_is_missing_is_read(store, tmp_path):
+    record_run(tmp_path / "runs/a", [float(n) for n in range(50)])
+    journal = tmp_path / "runs/a/journal"
+    (batch,) = journals.read_batches(journal, lambda _: 0)
+    store.ingest(batch.stream, 0, batch.payloads[:20])
+    (rest,) = journals.read_batches(journal, store.watermark)
+    assert (rest.after, rest.payloads, rest.total) == (20, batch.payloads[20:], len(batch.payloads) - 20)
+    store.ingest(*rest[:3])
+    assert [*journals.read_batches(journal, store.watermark)] == []
+
+
 def test_a_path_without_journal_is_named_with_a_fix(store, tmp_path):
     with pytest.raises(RunNotFoundError, match="no journal"):
         import_journal(store, tmp_path / "dashboard.sqlite")

@@ -127,6 +127,13 @@ def test_a_row_of_the_list_changes_with_its_events_and_when_a_run_stalls(store, 
     assert (row["state"], row["headline"]["value"]) == ("running", 1.0)
 
 
+def test_long_texts_are_cut_in_the_list_and_whole_on_the_page(store, delivery):
+    start(delivery, {**CONFIG, "metadata": {"hypothesis": "h" * 100_000, "tags": ["t" * 1_000] * 3}})
+    (row,) = pages.home(store, NOW)["experiments"]
+    assert (len(row["hypothesis"]), [len(tag) for tag in row["tags"]]) == (300, [300])
+    assert len(page_of(store)["hypothesis"]) == 100_000
+
+
 def test_failed_runs_come_first_and_do_not_count_for_their_arm(store, delivery):
     ctx = start(delivery)
     for arm, seed, status in (("low", 0, "completed"), ("low", 1, "failed"), ("high", 0, "completed")):

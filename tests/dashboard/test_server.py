@@ -3,16 +3,22 @@
 import gzip
 import json
 import math
+import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.server.columns import round_numbers
 from evsys_adapters.dashboard.server.serve import DEFAULT_PORT, listen
 from evsys_adapters.dashboard.state_file import find_dashboard, read_state
 from evsys_bus.errors import EvsysBusError
-from support.running_dashboard import TOKEN, Trainer, body_of, running_dashboard
+from support.running_dashboard import TOKEN, Dashboard, Trainer, body_of, running_dashboard
 from support.waiting import wait_until
 
 
@@ -205,8 +211,7 @@ def test_a_band_is_the_mean_of_the_seeds_and_their_spread(shared):
     assert x.tolist() == list(range(0, 300 - width + 1, width))[: len(x)]
     assert values(numbers, line["mean"])[:-1] == pytest.approx((x + (width - 1) / 2 + 3.0).tolist())
     assert values(numbers, line["sd"]) == pytest.approx([np.std([1, 2, 6], ddof=1)] * (len(x) + 1))
-    assert values(numbers, line["min"])[:-1] == (x + 1.0).tolist()
-    assert values(numbers, line["max"])[:-1] == (x + width - 1 + 6.0).tolist()
+    assert "min" not in line
 
 
 def test_seeds_that_have_come_to_different_steps_are_joined_by_step(shared):
@@ -313,6 +318,31 @@ def test_a_query_that_is_none_is_a_400(shared, query):
     assert shared.request("POST", "/api/charts", body).status == 400
 
 
+def test_charts_and_pages_are_compressed_for_clients_that_take_it(shared):
+    trainer = Trainer(root="/runs/compressed")
+    trainer.send(shared, trainer.start() + trainer.steps(4_000, loss=lambda _: random.random()))
+    id_ = experiment_id(shared, "compressed")
+    query = json.dumps({"experiment": id_, "charts": [{"metric": "train/loss"}]})
+    plain = shared.request("POST", "/api/charts", query)
+    packed = shared.request("POST", "/api/charts", query, Accept_Encoding="gzip, br")
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == plain.body
+    assert len(packed.body) < 0.7 * len(plain.body)
+    page = shared.request("GET", f"/api/experiments/{id_}", Accept_Encoding="gzip")
+    assert json.loads(gzip.decompress(page.body))["id"] == id_
+
+
+def test_means_are_rounded_to_what_a_chart_can_show_and_no_further():
+    numbers = np.array([1 / 3, -1e-300, 1e300, 0.0, math.nan, math.inf, -math.inf, 5e-324, 123456789.123])
+    rounded = round_numbers(numbers)
+    assert np.array_equal(np.isnan(rounded), np.isnan(numbers))
+    finite = np.isfinite(numbers) & (np.abs(numbers) > 1e-307)
+    assert np.all(np.abs(rounded[finite] / numbers[finite] - 1) < 1e-7)
+    assert rounded[5:7].tolist() == [math.inf, -math.inf]
+    assert rounded[3] == 0.0
+
+
 # The page's files.
 
 
@@ -367,6 +397,38 @@ def test_what_was_acknowledged_is_there_after_a_restart(tmp_path):
     with running_dashboard(tmp_path) as dashboard:
         assert dashboard.get("/health")["store"] == store
         assert trainer.send(dashboard, trainer.steps(1)) == {"sequence": 53, "events": 1, "points": 1}
+
+
+def test_it_ends_at_a_signal_also_with_open_views_and_what_it_acknowledged_survives_a_kill(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+from evsys_adapters.dashboard.server import DashboardServer
+from evsys_adapters.dashboard.server.app import DashboardSettings
+
+folder = Path(sys.argv[1])
+DashboardServer(folder / "dashboard.sqlite", host="127.0.0.1", port=0, settings=DashboardSettings(token={TOKEN!r}),
+    state=folder / "dashboard.json", on_ready=lambda state: print("ready", flush=True)).run()
+"""
+    path = tmp_path / "dashboard.json"
+    trainer = Trainer(root="/runs/killed")
+    stored = 0
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            dashboard = Dashboard(read_state(path), None)
+            with dashboard.live():
+                stored += trainer.send(dashboard, trainer.steps(200))["points"]
+                start = time.monotonic()
+                process.send_signal(number)
+                code = process.wait(10)
+            assert time.monotonic() - start < 5.0
+            assert code == (-number if number == signal.SIGKILL else 0)
+            assert path.exists() == (number == signal.SIGKILL)
+    with running_dashboard(tmp_path) as dashboard:
+        header, _ = dashboard.charts(experiment_id(dashboard, "killed"), {"metric": "train/loss"})
+        assert header["charts"][0]["total"] == stored == 400
 
 
 def test_a_second_dashboard_of_one_database_is_refused(tmp_path):
@@ -424,3 +486,14 @@ def test_an_import_of_a_directory_without_journal_fails_with_the_reason(shared, 
     id_ = shared.post("/api/import", {"journal": str(tmp_path)}).json["import"]
     wait_until(lambda: shared.get(f"/api/import/{id_}")["state"] == "failed")
     assert "no journal" in shared.get(f"/api/import/{id_}")["error"]
+
+
+def test_the_description_has_every_route_of_the_api(shared):
+    described = shared.get("/api/openapi.json")
+    assert described["openapi"].startswith("3.1")
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            name = path.replace("{id}", "none")
+            answer = shared.request(method.upper(), name, "{}" if method == "post" else None)
+            assert answer.status == 200 or answer.code != "route", path
+            assert str(answer.status) in operation["responses"], (path, answer.status)

@@ -208,6 +208,17 @@ def test_a_damaged_database_is_refused_with_the_way_out(tmp_path, damage):
     open_store(tmp_path / "other").close()
 
 
+@pytest.mark.parametrize("table", ["raw", "log"])
+def test_damaged_points_are_reported_where_they_are_read(tmp_path, table):
+    store = open_store(tmp_path)
+    store.ingest("s", 0, encoded_steps(0, 5000, loss=0.5))
+    store.database.execute(f"UPDATE {table} SET body = substr(body, 1, length(body) - 5)")
+    with pytest.raises(StoreError, match="cannot be read") as caught:
+        store = store.reopen()
+        points_of(store, info_of(store, 1, "loss").id)
+    assert (caught.value.problem, "import the journals again" in caught.value.fix) == ("corrupt", True)
+
+
 def test_a_database_of_another_program_stays_as_it_is(tmp_path):
     path = tmp_path / "dashboard.sqlite"
     with sqlite3.connect(path) as other:

@@ -107,6 +107,43 @@ def test_a_late_point_changes_its_bucket_and_no_other(tmp_path):
     assert (after.max[3], after.count[3]) == (50, 17)
 
 
+def test_a_late_point_counts_in_what_is_known_of_the_series(tmp_path):
+    store, series = stored(tmp_path, range(10_000))
+    for step, value in ((9_999, 5.0), (10, 50.0), (5_000, -50.0)):
+        with store.transaction():
+            store.series.add_row(1, 0, step, None, {"loss": value})
+        info = info_of(store, 1, "loss")
+    assert (info.id, info.n, info.last_step, info.last, info.min, info.max) == (series, 10_000, 9_999, 5, -50, 50)
+
+
+def test_late_points_of_one_series_leave_those_of_the_same_rows_as_they_are(tmp_path):
+    store = open_store(tmp_path)
+    steps = [step * 3 + step % 2 for step in range(40)]
+    with store.transaction():
+        for step in steps:
+            store.series.add_row(1, 0, step, None, {"loss": 1.0, "other": 2.0})
+    with store.transaction():
+        store.series.add_row(1, 0, 2, None, {"loss": 5.0})
+    assert points_of(store, info_of(store, 1, "other").id) == dict.fromkeys(steps, 2.0)
+    assert points_of(store, info_of(store, 1, "loss").id) == {**dict.fromkeys(steps, 1.0), 2: 5.0}
+
+
+def test_the_first_and_the_last_bucket_of_a_range_are_whole(tmp_path):
+    store, series = stored(tmp_path, range(10_000))
+    for width in (16, 64, 4096):
+        line = store.series.read([series], first=3000, last=5000, width=width).lines[0]
+        assert list(line.x) == list(range(3000 // width * width, 5001, width))
+        assert set(line.count) == {width}
+
+
+def test_a_cut_is_not_forgotten_when_the_process_ends(tmp_path):
+    store, series = stored(tmp_path, range(10_000))
+    with store.transaction():
+        store.series.cut(1, 0, 3000)
+    store = store.reopen()
+    assert (info_of(store, 1, "loss").n, max(points_of(store, series))) == (3000, 2999)
+
+
 def test_the_log_is_emptied_in_portions_once_it_is_long(tmp_path):
     store = open_store(tmp_path, checkpoint_points=5000)
     logged = []

@@ -71,6 +71,8 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "adapters/evsys_adapters/bridges/_base.py": "hooks that a framework calls: no training ends because of them",
     "adapters/evsys_adapters/bridges/_content.py": "an array of a type that nobody has foreseen",
     "adapters/evsys_adapters/common/hook_arguments.py": "the look-up of a stranger",
+    "adapters/evsys_adapters/dashboard/server/imports.py": "an import; the next one follows",
+    "adapters/evsys_adapters/dashboard/server/live.py": "a round of live views; the next one follows",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the number of a stranger",
     "adapters/evsys_adapters/common/terminal.py": "the str of a stranger",

@@ -5,6 +5,7 @@ counted and left out. Records are written in the transaction of the events that 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import msgspec
@@ -34,6 +35,7 @@ from evsys_adapters.dashboard.values import (
     add_value,
     finite,
     is_step,
+    json_fields,
     merge_config,
     numbers_below,
 )
@@ -42,6 +44,7 @@ from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, ev
 from evsys_bus.reading import JOURNAL
 
 _MAX_NAMES: Final = 100_000
+_MAX_RANK: Final = 1 << 31
 _INTERRUPTIONS: Final = ("KeyboardInterrupt", "CancelledError", "SystemExit", "GeneratorExit")
 _PACE_WEIGHT: Final = 0.1
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
@@ -117,6 +120,11 @@ class Catalogue:
             changes: Receives the ids of the changed runs and experiments.
         """
         event = envelope.event
+        if not isfinite(envelope.time):  # of a foreign program; no column takes it
+            envelope = msgspec.structs.replace(envelope, time=0.0)
+        if abs(envelope.rank) > _MAX_RANK:
+            self.unreadable_events += 1
+            return 0
         try:
             if isinstance(event, StepEnd | Metrics):
                 return self._add_step(envelope, event, changes)
@@ -129,6 +137,9 @@ class Catalogue:
         """Write what has changed in memory; called once in each transaction."""
         self.records.flush()
         self.details.flush()
+        self.records.limit_memory()
+        if len(self._routes) > _MAX_NAMES:
+            self._routes.clear()
 
     def run_id(self, public: str) -> int | None:
         """Return the id of a run from its public one, or None."""
@@ -324,8 +335,8 @@ class Catalogue:
         """Add what a context has of its run; ``replace``: the run starts, maybe again with another config."""
         if ctx is None:
             return
-        config = fields(field(ctx, "run_config"))
-        extras = fields(field(ctx, "extras"))
+        config = json_fields(field(ctx, "run_config"))
+        extras = json_fields(field(ctx, "extras"))
         group = field(ctx, "group_name")
         if not (config or extras or group):
             return
@@ -359,6 +370,8 @@ class Catalogue:
         if not is_step(step):
             return
         self._series.cut(run.id, rank, step)
+        if step <= 0:
+            self._series.cut(run.id, rank, 0, epochs=True)
         self.evals.cut(run.id, rank, step)
         self.details.cut_contents(run.id, rank, step)
         run.checkpoints = self.details.cut_checkpoints(run.id, rank, step)
@@ -426,13 +439,13 @@ class Catalogue:
         self.evals.add(run.id, envelope.rank, "rollout", "rollout", at, envelope.time, body, rows)
 
     def _add_environment(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.environment = fields(parts["facts"])
+        run.environment = json_fields(parts["facts"])
 
     def _update_config(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.config = merge_config(run.config, fields(parts["config"]))
+        run.config = merge_config(run.config, json_fields(parts["config"]))
 
     def _update_summary(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.summary = run.summary | fields(parts["values"])
+        run.summary = run.summary | json_fields(parts["values"])
 
     def _add_content(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         item, step = parts["item"], parts.get("step_idx")
@@ -469,7 +482,7 @@ class Catalogue:
         error = field(result, "error")
         run.error = str(error) if error else None
         run.ended = envelope.time
-        run.summary = fields(field(result, "metrics")) | run.summary
+        run.summary = json_fields(field(result, "metrics")) | run.summary
         values: dict[str, float] = {}
         for name, value in fields(field(arm, "eval_metrics")).items():
             add_value(str(name), value, values, {})
@@ -482,7 +495,7 @@ class Catalogue:
         known = self.records.find("run key", str(parts.get("run")))
         run = None if known is None else self.records.run(known)
         if run is not None:
-            run.extras = run.extras | fields(parts.get("extras"))
+            run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
             changes.runs.add(run.id)
             changes.experiments.add(run.experiment)
@@ -508,7 +521,7 @@ class Catalogue:
         experiment.last = max(envelope.time, experiment.last or 0.0)
         match tag:
             case "experiment_start":
-                start_experiment(experiment, fields(field(ctx, "config")), envelope.time)
+                start_experiment(experiment, json_fields(field(ctx, "config")), envelope.time)
             case "group_start":
                 add_names(experiment.groups, [str(parts.get("group_name"))])
             case _:

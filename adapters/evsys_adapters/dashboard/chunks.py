@@ -9,10 +9,15 @@ import struct
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import msgspec
+
+from evsys_adapters.dashboard.database import StoreError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -208,6 +213,21 @@ def record_dtype() -> Any:  # numpy's types of structured arrays say nothing
     )
 
 
+@contextmanager
+def reported_damage() -> Generator[None]:
+    """Raise `StoreError` where the block finds that stored bytes are not what was written."""
+    try:
+        yield
+    except (zlib.error, struct.error, ValueError, msgspec.MsgspecError) as error:
+        raise StoreError(
+            "the database has stored points that cannot be read",
+            problem="corrupt",
+            why=f"{type(error).__name__}: {error}",
+            fix="move the database away and import the journals again, or restore a copy",
+        ) from error
+
+
+@reported_damage()
 def unpack_records(rows: Sequence[tuple[int, bytes]], bits: int, scale: int) -> "tuple[NDArray[Any], NDArray[Any]]":
     """Return the first step of each bucket, and an array of `record_dtype`.
 
@@ -245,11 +265,14 @@ def pack_points(steps: Steps, values: "array[float]") -> bytes:
     return head + body + zlib.compress(_shuffled(values.tobytes(), 8), 1)
 
 
+@reported_damage()
 def unpack_points(body: bytes) -> tuple[Steps, "array[float]"]:
     """Decode what `pack_points` encoded."""
     size, count, first, extra = _HEAD.unpack_from(body)
     at = _HEAD.size + (extra if size else 0)
     values = array("d", _unshuffled(zlib.decompress(body[at:]), 8))
+    if len(values) != count:
+        raise ValueError(f"{len(values)} values instead of {count}")
     if not size:
         return range(first, first + count * extra, extra), values
     steps = array("q", [first])
@@ -258,6 +281,7 @@ def unpack_points(body: bytes) -> tuple[Steps, "array[float]"]:
     return steps, values
 
 
+@reported_damage()
 def point_arrays(body: bytes) -> "tuple[NDArray[Any], NDArray[Any]]":
     """Decode what `pack_points` encoded as arrays: steps (int64), values (float64)."""
     import numpy as np

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS checkpoint (
@@ -101,7 +101,7 @@ class Details:
             "INSERT INTO checkpoint (run, rank, name, step, time, body) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (run, rank, name) "
             "DO UPDATE SET step = excluded.step, time = excluded.time, body = excluded.body",
-            *(run, rank, name, step, time, encode_json(body).decode()),
+            *(run, rank, name, step, time, json_text(body)),
         )
         return self._count_checkpoints(run)
 
@@ -139,7 +139,7 @@ class Details:
         self._database.execute(
             "INSERT INTO content (id, run, rank, step, name, kind, time, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             *(self._next_id("content"), run, rank, step, str(item.get("name")), str(item.get("kind")), time),
-            encode_json({**item, "folder": folder}).decode(),
+            json_text({**item, "folder": folder}),
         )
 
     def cut_contents(self, run: int, rank: int, step: int) -> None:
@@ -189,7 +189,7 @@ class Details:
         self._database.execute(
             "INSERT INTO journal_status (journal, kind, name, time, body) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (journal, kind, name) DO UPDATE SET time = excluded.time, body = excluded.body",
-            *(journal, kind, name, time, encode_json(body).decode()),
+            *(journal, kind, name, time, json_text(body)),
         )
 
     def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
@@ -214,7 +214,7 @@ class Details:
         self._database.execute(
             "INSERT INTO kept_event (owner, type, slot, n, time, body) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (owner, type, slot) DO UPDATE SET n = excluded.n, time = excluded.time, body = excluded.body",
-            *(owner, kind, n % _KEPT_EVENTS, n, time, encode_json(parts).decode()),
+            *(owner, kind, n % _KEPT_EVENTS, n, time, json_text(parts)),
         )
         self._counts[key] = n + 1
         self._changed_counts.add(key)

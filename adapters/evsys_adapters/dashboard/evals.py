@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, cast
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS evaluation (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, rank INTEGER NOT NULL,
@@ -72,7 +72,7 @@ class PredictionPage(TypedDict):
     next: int | None
     """Pass it as ``after`` for the next page; None at the end."""
     searched: int
-    """How many predictions were compared with the filter."""
+    """How many of the eval's predictions, from the first one on, were searched up to the end of this page."""
 
 
 class Evals:
@@ -106,7 +106,7 @@ class Evals:
         self._database.execute(
             "INSERT INTO evaluation (id, run, rank, kind, name, benchmark, step, time, predictions, body) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(id_, run, rank, kind, name, benchmark, step, time, count, encode_json(body).decode()),
+            *(id_, run, rank, kind, name, benchmark, step, time, count, json_text(body)),
         )
         return id_
 
@@ -206,30 +206,31 @@ class Evals:
         """
         conditions = filter or {}
         where, args = _conditions(conditions)
-        first, last = _range(id_)
-        position = first - 1 if after is None else after
-        rows: list[dict[str, Any]] = []
-        searched = 0
         text = conditions.get("text", "").casefold()
-        while len(rows) < limit:
-            size = min(_BATCH, _MAX_SEARCHED - searched) if text else limit
+        first, last = _range(id_)
+        count = self._database.query(
+            "SELECT COALESCE(MAX(id), ?) FROM prediction WHERE id BETWEEN ? AND ?", *(first - 1, first, last)
+        )
+        last = int(count[0][0])
+        position = first - 1 if after is None else max(after, first - 1)
+        end = min(last, position + _MAX_SEARCHED)
+        size = _BATCH if text else limit
+        rows: list[dict[str, Any]] = []
+        while position < end and len(rows) < limit:
             found = self._database.query(
                 f"SELECT a.id, a.body FROM prediction a WHERE a.id > ? AND a.id <= ?{where} ORDER BY a.id LIMIT ?",  # noqa: S608 # no input
-                *(position, last, *args, size),
+                *(position, end, *args, size),
             )
             for row, body in found:
                 position = row
-                searched += 1
                 stored = _decode(body)
                 if not text or any(text in each.casefold() for each in self._texts(stored)):
                     rows.append(self._preview(row, stored))
                     if len(rows) == limit:
                         break
             if len(found) < size and len(rows) < limit:
-                return {"rows": rows, "next": None, "searched": searched}
-            if not text or searched >= _MAX_SEARCHED:
-                break
-        return {"rows": rows, "next": position, "searched": searched}
+                position = end
+        return {"rows": rows, "next": position if position < last else None, "searched": position - first + 1}
 
     def prediction(self, id_: int) -> dict[str, Any] | None:
         """Return a prediction with all its texts, or None."""
@@ -325,7 +326,7 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
     task = fields.get("task_id")
     if task is None:
         task = fields.get("instruction")
-    key = hashlib.sha256(encode_json([task, fields.get("sample_idx") or 0])).digest()[:8]
+    key = hashlib.sha256(json_text([task, fields.get("sample_idx") or 0]).encode()).digest()[:8]
     inline: dict[str, Any] = {}
     long: dict[str, str] = {}
     encoded: list[str] = []
@@ -333,7 +334,7 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
         if isinstance(value, int | float) or value is None:
             inline[str(name)] = value
             continue
-        text = value if isinstance(value, str) else encode_json(value).decode()
+        text = value if isinstance(value, str) else json_text(value)
         if len(text) <= _MAX_INLINE:
             inline[str(name)] = value
             continue
@@ -343,4 +344,4 @@ def _stored(prediction: object, texts: dict[str, str]) -> tuple[int, float | Non
         if not isinstance(value, str):
             encoded.append(str(name))
     body = {"fields": inline} | ({"long": long} if long else {}) | ({"json": encoded} if encoded else {})
-    return int.from_bytes(key, "big") >> 1, number, encode_json(body).decode()
+    return int.from_bytes(key, "big") >> 1, number, json_text(body)

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
+import msgspec
+
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.store import Store
-from evsys_adapters.dashboard.values import UNREADABLE
+from evsys_adapters.dashboard.values import UNREADABLE, clean
 from evsys_bus.context import to_int
 from evsys_bus.errors import did_you_mean
 
@@ -98,7 +100,7 @@ def call(
     if read is None and op not in operations and op != "add_prediction":
         names = sorted({*_READS, *operations, "add_prediction"})
         raise HostedError(400, f"unknown op {op!r:.80}; {did_you_mean(op, names) or 'known are ' + ', '.join(names)}")
-    given = {**args}
+    given = _valid_unicode(args)
     for name in _REQUIRED.get(op, ()):
         if given.get(name) is None:
             raise HostedError(400, f"{op} needs {name}")
@@ -163,6 +165,15 @@ def _add_to_run(do: Callable[[str, Args], Any], part: str, args: Args) -> Answer
     noun = part.removesuffix("s")
     row = do("create_eval" if part == "evals" else "add_checkpoint", args)
     return 201, {"ok": True, "id": row["id"], noun: row}
+
+
+def _valid_unicode(args: Mapping[str, Any]) -> Args:
+    """Return a copy of the arguments, without the half characters that JSON can have and no database takes."""
+    try:
+        msgspec.json.encode(args)
+    except (UnicodeEncodeError, TypeError):
+        return clean(args)
+    return {**args}
 
 
 def _read_step(op: str, args: Args) -> None:

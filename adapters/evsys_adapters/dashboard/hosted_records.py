@@ -16,7 +16,7 @@ from evsys_adapters.dashboard.details import Details
 from evsys_adapters.dashboard.evals import EvalKind, EvalRow, Evals
 from evsys_adapters.dashboard.records import ExperimentRecord, Records, RunRecord, digest_id
 from evsys_adapters.dashboard.series import Changes
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 POINT_OPS: Final = frozenset({"log_metric", "log_metrics", "create_eval"})
 """Operations that add points."""
@@ -384,7 +384,7 @@ class HostedRecords:
         self._database.execute(
             "INSERT INTO hosted_row (kind, public, parent, position, body) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (kind, public) DO UPDATE SET body = excluded.body",
-            *(kind, str(body["id"]), parent, int(body.get("idx", position)), encode_json(body).decode()),
+            *(kind, str(body["id"]), parent, int(body.get("idx", position)), json_text(body)),
         )
         return dict(body)
 

@@ -3,7 +3,7 @@
 import struct
 from typing import Final
 
-from evsys_adapters.dashboard.chunks import RECORD, Chunk, Record, merge, unpack_points
+from evsys_adapters.dashboard.chunks import RECORD, Chunk, Record, merge, reported_damage, unpack_points
 from evsys_adapters.dashboard.database import Database
 
 MAX_CHUNK: Final = 1 << 30
@@ -63,7 +63,8 @@ class Series:
         self._before_tail: Record | None = None  # the record of all chunks before that one, if known
         self._summary: tuple[int, Record] | None = None  # last step and record as the database has them
         if summary:
-            last_step, *record = _SUMMARY.unpack(summary)
+            with reported_damage():
+                last_step, *record = _SUMMARY.unpack(summary)
             self._summary = last_step, Record(*record)
 
     def row_id(self, number: int) -> int:
@@ -88,7 +89,8 @@ class Series:
         """Return the records of the chunks in the database by number, read once."""
         if self._heads is None:
             rows = database.query("SELECT id, whole FROM rollup WHERE id BETWEEN ? AND ? ORDER BY id", *self.row_ids)
-            self._heads = {self.number_of(row_id): Record(*RECORD.unpack(whole)) for row_id, whole in rows}
+            with reported_damage():
+                self._heads = {self.number_of(row_id): Record(*RECORD.unpack(whole)) for row_id, whole in rows}
         return self._heads
 
     def numbers(self, database: Database) -> list[int]:

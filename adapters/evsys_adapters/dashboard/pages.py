@@ -61,6 +61,9 @@ _MAX_HEADLINES: Final = 3
 _SPARK_BUCKETS: Final = 24
 _MAX_SAME_CHARS: Final = 200
 _MAX_SHOWN_ARMS: Final = 1_000
+_MAX_LISTED_CHARS: Final = 300
+_MAX_LISTED_TAGS: Final = 50
+"""In the list of experiments; the experiment's own page has all."""
 _BASELINES: Final = ("baseline", "control")
 _LEFT_OUT: Final = frozenset({"failed", "cancelled", "stalled", "pending"})
 """States of runs whose values do not count where an arm has others."""
@@ -74,9 +77,20 @@ _IDLE_SECONDS: Final = 60.0
 class Store(Protocol):
     """What pages read."""
 
-    id: str
-    catalogue: Catalogue
-    series: SeriesStore
+    @property
+    def id(self) -> str:
+        """A UUID of the database."""
+        ...
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The experiments and runs."""
+        ...
+
+    @property
+    def series(self) -> SeriesStore:
+        """Their points."""
+        ...
 
 
 class Headline(NamedTuple):
@@ -303,10 +317,10 @@ class _View:
         record = self._record
         return {
             "id": record.public,
-            "name": record.name,
+            "name": record.name[:_MAX_LISTED_CHARS],
             "state": self._state,
-            "hypothesis": record.hypothesis,
-            "tags": self._tags(),
+            "hypothesis": record.hypothesis and record.hypothesis[:_MAX_LISTED_CHARS],
+            "tags": [tag[:_MAX_LISTED_CHARS] for tag in self._tags()[:_MAX_LISTED_TAGS]],
             "arms": len(self._arms),
             "runs": self._counts(),
             "headline": self._headline_of_home(),

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
-from evsys_bus.location import encode_json
+from evsys_adapters.dashboard.values import json_text
 
 TABLES: Final = [
     "CREATE TABLE IF NOT EXISTS experiment (id INTEGER PRIMARY KEY, hidden REAL, body TEXT NOT NULL)",
@@ -27,6 +27,7 @@ TABLES: Final = [
 
 Kind = Literal["experiment", "run"]
 _MAX_CACHED_RUNS: Final = 5_000
+_MAX_CACHED_NAMES: Final = 100_000
 _STALLED_SECONDS: Final = 60.0
 _STALLED_PACES: Final = 20.0
 """After how many usual intervals without an event a run counts as stalled."""
@@ -363,7 +364,7 @@ class Records:
             self._database.executemany(
                 "INSERT INTO experiment (id, hidden, body) VALUES (?, ?, ?) "
                 "ON CONFLICT (id) DO UPDATE SET hidden = excluded.hidden, body = excluded.body",
-                [(each.id, each.hidden, encode_json(each).decode()) for each in found],
+                [(each.id, each.hidden, json_text(each)) for each in found],
             )
             self._changed_experiments.clear()
         if self._changed_runs:
@@ -371,7 +372,7 @@ class Records:
             self._database.executemany(
                 "INSERT INTO run (id, experiment, hidden, body) VALUES (?, ?, ?, ?) ON CONFLICT (id) "
                 "DO UPDATE SET experiment = excluded.experiment, hidden = excluded.hidden, body = excluded.body",
-                [(each.id, each.experiment, each.hidden, encode_json(each).decode()) for each in runs],
+                [(each.id, each.experiment, each.hidden, json_text(each)) for each in runs],
             )
             self._changed_runs.clear()
         if self._changed_progress:
@@ -382,7 +383,10 @@ class Records:
                 [(each.id, each.step, each.last, each.pace) for each in runs],
             )
             self._changed_progress.clear()
-        if len(self._runs) > _MAX_CACHED_RUNS:
+
+    def limit_memory(self) -> None:
+        """Drop the records from memory if there are many; not while one of them is in use."""
+        if len(self._runs) > _MAX_CACHED_RUNS or len(self._ids) > _MAX_CACHED_NAMES:
             self._runs.clear()
             self._experiments.clear()
             self._ids.clear()

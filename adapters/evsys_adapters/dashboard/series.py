@@ -26,6 +26,7 @@ from evsys_adapters.dashboard.chunks import (
     compact,
     median_distance,
     pack_points,
+    reported_damage,
     roll_up,
 )
 from evsys_adapters.dashboard.database import Database, Row
@@ -490,16 +491,15 @@ class SeriesStore:
         with self._database.transaction():
             for log_id, body in self._database.query("SELECT id, body FROM log ORDER BY id"):
                 self._log_id = log_id
-                for ids, *change in _decode(body):
-                    self._replay_change(ids, change)
+                with reported_damage():
+                    for ids, *change in _decode(body):
+                        self._replay_change(ids, change)
             self._write(self._due)
             self._due = set()
         self._changes = Changes()
 
     def _replay_change(self, ids: list[int], change: list[Any]) -> None:
         series = [each for each in map(self._find, ids) if each is not None]
-        for each in series:
-            each.heads(self._database)  # its summary lacks what the log has
         if len(change) == 1:
             self._remove_steps(series, change[0])
             return

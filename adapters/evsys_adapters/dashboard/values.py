@@ -3,13 +3,54 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeGuard, cast
 
+import msgspec
+
 from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.common.logged_values import text_of
+from evsys_bus.location import encode_json
 
 _MAX_STEPS: Final = 1 << 62
 
 UNREADABLE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """Errors that values of unexpected types lead to."""
+
+
+_MAX_DEPTH: Final = 100
+_MAX_CHARS: Final = 16 << 20
+
+
+def json_text(value: object) -> str:
+    """Encode as JSON what came from another program: keys of other types become texts, and invalid Unicode a mark."""
+    try:
+        return encode_json(value).decode()
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return msgspec.json.encode(clean(value)).decode()
+
+
+def json_fields(obj: object) -> dict[str, Any]:
+    """Return the entries of a mapping or the fields of an object, as plain data that JSON can represent."""
+    found = fields(obj)
+    try:
+        msgspec.json.encode(found)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return clean(found)
+    return found
+
+
+def clean(value: Any, depth: int = 0) -> Any:
+    """Return a value as plain data that JSON can represent."""
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) < _MAX_STEPS else float(value)
+    if isinstance(value, msgspec.Struct):
+        value = {name: getattr(value, name, None) for name in value.__struct_fields__}
+    if depth < _MAX_DEPTH and isinstance(value, Mapping):
+        pairs = cast("Mapping[object, object]", value).items()
+        return {clean(str(key)): clean(each, depth + 1) for key, each in pairs}
+    if depth < _MAX_DEPTH and isinstance(value, list | tuple):
+        return [clean(each, depth + 1) for each in cast("list[object]", value)]
+    return str(value)[:_MAX_CHARS].encode(errors="replace").decode()
 
 
 def is_step(value: object) -> TypeGuard[int]:

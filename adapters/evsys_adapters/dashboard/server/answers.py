@@ -1,9 +1,17 @@
 """Responses: JSON, and errors that all have the same form."""
 
+import zlib
 from collections.abc import Mapping
+from functools import partial
+from typing import Final
 
+import anyio.to_thread
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
+
+_GZIP_WINDOW: Final = 31
+_MIN_COMPRESSED_BYTES: Final = 1024
 
 
 class AnswerError(Exception):
@@ -44,6 +52,15 @@ class AnswerError(Exception):
 def error_body(code: str, message: str, fix: str, extra: Mapping[str, object] | None = None) -> bytes:
     """Encode an error: ``{"error": {"code", "message", "fix"}}``, and ``extra`` beside it."""
     return msgspec.json.encode({"error": {"code": code, "message": message, "fix": fix}, **(extra or {})})
+
+
+async def compressed_response(request: Request, body: bytes, media_type: str) -> Response:
+    """Return a response with a body that is compressed if it is not small and the client takes that."""
+    headers = {"vary": "accept-encoding"}
+    if len(body) >= _MIN_COMPRESSED_BYTES and "gzip" in request.headers.get("accept-encoding", ""):
+        body = await anyio.to_thread.run_sync(partial(zlib.compress, body, 1, wbits=_GZIP_WINDOW))
+        headers["content-encoding"] = "gzip"
+    return Response(body, headers=headers, media_type=media_type)
 
 
 def json_response(value: object, status: int = 200) -> Response:

@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from evsys_adapters.dashboard import hosted, pages
 from evsys_adapters.dashboard.series import Changes
-from evsys_adapters.dashboard.server.answers import AnswerError, json_response
+from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
 from evsys_adapters.dashboard.server.charts import ChartsQuery, read_charts
 from evsys_adapters.dashboard.server.guards import HOSTED_PATH, SUBPROTOCOL, Guard
@@ -158,9 +158,9 @@ class DashboardApp:
             raise AnswerError(400, "stream", "`stream` is missing or too long", fix="send ?stream=NAME&after=SEQ")
         if not (after.isascii() and after.isdecimal() and int(after[:20]) < _MAX_SEQUENCE):
             raise AnswerError(400, "after", "`after` is no sequence number", fix="send ?stream=NAME&after=SEQ")
-        payloads = await self._bodies.read_envelopes(request)
-        self._last_ingest = time.monotonic()
-        totals = await self._ingester.ingest(stream, int(after), payloads)
+        async with self._bodies.read_envelopes(request) as payloads:
+            self._last_ingest = time.monotonic()
+            totals = await self._ingester.ingest(stream, int(after), payloads)
         return json_response(totals._asdict())
 
     async def _start_import(self, request: Request) -> Response:
@@ -173,10 +173,10 @@ class DashboardApp:
     async def _import_progress(self, request: Request) -> Response:
         return json_response(self._imports.progress(request.path_params["id"]))
 
-    async def _home(self, _: Request) -> Response:
+    async def _home(self, request: Request) -> Response:
         frame = self.hub.number
         body = await self._store.call(lambda store: msgspec.json.encode({**pages.home(store), "frame": frame}))
-        return Response(body, media_type="application/json")
+        return await compressed_response(request, body, "application/json")
 
     async def _experiment(self, request: Request) -> Response:
         frame = self.hub.number
@@ -184,18 +184,18 @@ class DashboardApp:
 
         def read(store: Store) -> bytes | None:
             page = pages.experiment(store, id_)
-            return None if page is None else msgspec.json.encode({**page, "frame": frame})
+            return None if page is None else msgspec.json.encode({**page, "now": time.time(), "frame": frame})
 
         body = await self._store.call(read)
         if body is None:
             raise AnswerError(404, "experiment", "no such experiment", fix="look at the home page")
-        return Response(body, media_type="application/json")
+        return await compressed_response(request, body, "application/json")
 
     async def _charts(self, request: Request) -> Response:
         query = self._convert(await self._bodies.read_json(request), ChartsQuery)
         frame = self.hub.number
         body = await self._store.call(read_charts, query, frame)
-        return Response(body, media_type="application/octet-stream")
+        return await compressed_response(request, body, "application/octet-stream")
 
     async def _poll(self, request: Request) -> Response:
         try:
@@ -245,7 +245,8 @@ class DashboardApp:
 
     async def _hosted_gateway(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
-        op, args = body.get("op"), body.get("args") or {}
+        op: object = body.get("op")
+        args: object = body.get("args") or {}
         if not isinstance(op, str) or not isinstance(args, dict):
             raise AnswerError(400, "op", "`op` is missing", fix='send {"op": "NAME", "args": {…}}')
         result = await self._call_hosted(hosted.call, op, cast("dict[str, Any]", args))

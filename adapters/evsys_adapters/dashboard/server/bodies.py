@@ -2,6 +2,8 @@
 
 import asyncio
 import zlib
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, Protocol
@@ -32,6 +34,8 @@ class BodyLimits(msgspec.Struct, frozen=True):
     """From the headers to the end of the body."""
     max_bytes_under_way: int = 128 << 20
     """Of all bodies that are being received or applied; further ones are to come later."""
+    max_inflated: int = 8
+    """Bodies of events that are decompressed at a time; further ones wait."""
 
 
 class BodyReader:
@@ -40,19 +44,31 @@ class BodyReader:
     def __init__(self, limits: BodyLimits) -> None:
         self._limits = limits
         self._bytes_under_way = 0
+        self._inflated: Final = asyncio.Semaphore(limits.max_inflated)
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """Return the JSON object of a body; an empty body is an empty object. Raises AnswerError."""
-        body = await self.read(request, self._limits.max_json_bytes)
-        try:
-            return _decode_object(body) if body.strip() else {}
-        except DECODE_ERRORS as error:
-            raise AnswerError(
-                HTTPStatus.BAD_REQUEST, "json", f"the body is no JSON object: {error}", fix="send a JSON object"
-            ) from error
+        async with self._read(request, self._limits.max_json_bytes) as body:
+            try:
+                return _decode_object(body) if body.strip() else {}
+            except DECODE_ERRORS as error:
+                raise AnswerError(
+                    HTTPStatus.BAD_REQUEST, "json", f"the body is no JSON object: {error}", fix="send a JSON object"
+                ) from error
 
-    async def read(self, request: Request, max_bytes: int) -> bytes:
-        """Return a body as it was sent. Raises AnswerError."""
+    @asynccontextmanager
+    async def read_envelopes(self, request: Request) -> AsyncGenerator[list[bytes]]:
+        """A context manager that yields the encoded envelopes of a body, which is a msgpack array.
+
+        The body counts as under way until the block ends. Raises AnswerError.
+        """
+        async with self._read(request, self._limits.max_bytes) as body, self._inflated:
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            split = partial(split_body, body, encoding, self._limits.max_inflated_bytes)
+            yield split() if len(body) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(split)
+
+    @asynccontextmanager
+    async def _read(self, request: Request, max_bytes: int) -> AsyncGenerator[bytes]:
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > max_bytes:
             raise _too_large(max_bytes, "")
@@ -67,35 +83,29 @@ class BodyReader:
         body = bytearray()
         counted = 0
         try:
-            async with asyncio.timeout(self._limits.seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > max_bytes:
-                        raise _too_large(max_bytes, "")
-                    self._bytes_under_way += len(chunk)
-                    counted += len(chunk)
-        except TimeoutError as error:
-            raise AnswerError(
-                HTTPStatus.REQUEST_TIMEOUT,
-                "timeout",
-                f"the body did not arrive within {self._limits.seconds:g} s",
-                fix="send smaller bodies",
-                headers={"connection": "close"},
-            ) from error
-        except ClientDisconnect as error:
-            raise AnswerError(
-                HTTPStatus.BAD_REQUEST, "disconnected", "the body ended early", fix="send it again"
-            ) from error
+            try:
+                async with asyncio.timeout(self._limits.seconds):
+                    async for chunk in request.stream():
+                        body += chunk
+                        if len(body) > max_bytes:
+                            raise _too_large(max_bytes, "")
+                        self._bytes_under_way += len(chunk)
+                        counted += len(chunk)
+            except TimeoutError as error:
+                raise AnswerError(
+                    HTTPStatus.REQUEST_TIMEOUT,
+                    "timeout",
+                    f"the body did not arrive within {self._limits.seconds:g} s",
+                    fix="send smaller bodies",
+                    headers={"connection": "close"},
+                ) from error
+            except ClientDisconnect as error:
+                raise AnswerError(
+                    HTTPStatus.BAD_REQUEST, "disconnected", "the body ended early", fix="send it again"
+                ) from error
+            yield bytes(body)
         finally:
             self._bytes_under_way -= counted
-        return bytes(body)
-
-    async def read_envelopes(self, request: Request) -> list[bytes]:
-        """Return the encoded envelopes of a body, which is a msgpack array. Raises AnswerError."""
-        body = await self.read(request, self._limits.max_bytes)
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
-        split = partial(split_body, body, encoding, self._limits.max_inflated_bytes)
-        return split() if len(body) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(split)
 
 
 def encodings() -> list[str]:

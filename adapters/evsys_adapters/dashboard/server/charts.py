@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Ty
 
 import msgspec
 
+from evsys_adapters.dashboard.levels import SeriesColumns
 from evsys_adapters.dashboard.server.answers import AnswerError
-from evsys_adapters.dashboard.server.columns import ColumnWriter
+from evsys_adapters.dashboard.server.columns import ColumnWriter, round_numbers
 from evsys_adapters.dashboard.store import Store
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ Axis: TypeAlias = Literal["step", "relative", "wall"]
 
 MAX_CHARTS: Final = 100
 _MAX_BUCKETS: Final = 5_000
+_ALL_STEPS: Final = 1 << 54
+"""A width that takes all steps of a series into one bucket or two."""
 _LIVE_EDGE_SHARE: Final = 4
 """The last bucket of a run under way is left out while it has less than this part of the points of the one before."""
 
@@ -68,12 +71,23 @@ class Curve(NamedTuple):
 
     x: "Numbers"
     mean: "Numbers"
-    min: "Numbers"
-    max: "Numbers"
+    min: "Numbers | None"
+    max: "Numbers | None"
     points: "Numbers"
     """Number of finite values."""
     bad: "Numbers"
     sd: "Numbers | None" = None
+
+
+class _Drawn(NamedTuple):
+    """A member with its curve."""
+
+    member: Member
+    curve: Curve
+    points: int
+    """Finite values of the whole series."""
+    bad: int
+    """Its other values."""
 
 
 def read_charts(store: Store, query: ChartsQuery, frame: int) -> bytes:
@@ -105,29 +119,34 @@ def read_chart(
         AnswerError: The experiment does not exist.
     """
     members = find_members(store, experiment, query)
-    found = store.series.read(
-        [each.series for each in members], first=query.first, last=query.last, buckets=query.buckets, width=width
-    )
-    curves = [
-        (member, _without_live_edge(_curve(columns), found.width, member))
-        for member, columns in zip(members, found.lines, strict=True)
-    ]
-    curves = [(member, curve) for member, curve in curves if len(curve.x)]
+    ids = [each.series for each in members]
+    found = store.series.read(ids, first=query.first, last=query.last, buckets=query.buckets, width=width)
+    wholes = store.series.read(ids, width=_ALL_STEPS).lines
+    drawn: list[_Drawn] = []
+    for member, line, whole in zip(members, found.lines, wholes, strict=True):
+        points, bad = int(whole.count.sum()), int(whole.bad.sum())
+        if points + bad:
+            drawn.append(_Drawn(member, _curve(line, found.width, is_running=member.is_running), points, bad))
+    clocks = {} if query.x == "step" else {each.run: _clock(store, each.run, query, found.width) for each, *_ in drawn}
     lines: list[dict[str, Any]] = []
-    clocks = {} if query.x == "step" else {m.run: _clock(store, m.run, query, found.width) for m, _ in curves}
+
+    def add_line(curve: Curve, of: Sequence[_Drawn], **about: object) -> None:
+        if len(curve.x):
+            # Points are sent as they were logged; means need not be that precise.
+            curve = curve if found.width == 1 and len(of) == 1 else _rounded(curve)
+            lines.append(about | {"n": len(of)} | _columns(writer, curve, of, clocks, query.x))
+
     if query.lines != "members":
-        by_arm: dict[str, list[tuple[Member, Curve]]] = {}
-        for member, curve in curves:
-            by_arm.setdefault(member.arm, []).append((member, curve))
+        by_arm: dict[str, list[_Drawn]] = {}
+        for each in drawn:
+            by_arm.setdefault(each.member.arm, []).append(each)
         for arm, seeds in by_arm.items():
-            about = {"kind": "band", "arm": arm, "run": None, "seed": None, "n": len(seeds)}
-            band = join_seeds([curve for _, curve in seeds])
-            lines.append({**about, **_columns(writer, band, [m.run for m, _ in seeds], clocks, query.x)})
+            add_line(join_seeds([each.curve for each in seeds]), seeds, kind="band", arm=arm, run=None, seed=None)
     if query.lines != "band":
-        for member, curve in curves:
-            about = {"kind": "member", "arm": member.arm, "run": member.public, "seed": member.seed, "n": 1}
-            lines.append({**about, **_columns(writer, curve, [member.run], clocks, query.x)})
-    total = sum(int(curve.points.sum() + curve.bad.sum()) for _, curve in curves)
+        for each in drawn:
+            member = each.member
+            add_line(each.curve, [each], kind="member", arm=member.arm, run=member.public, seed=member.seed)
+    total = sum(each.points + each.bad for each in drawn)
     return {"metric": query.metric, "width": found.width, "total": total, "lines": lines}
 
 
@@ -148,12 +167,14 @@ def find_members(store: Store, experiment: str, query: ChartQuery) -> list[Membe
 
 
 def join_seeds(curves: Sequence[Curve]) -> Curve:
-    """Return the mean over seeds, their spread, and their extremes, for every bucket that any of them has."""
+    """Return the mean over seeds and their standard deviation, for every bucket that any of them has.
+
+    The deviation is NaN where only one seed has a bucket. One seed alone is returned as it is.
+    """
     import numpy as np
 
     if len(curves) == 1:
-        curve = curves[0]
-        return curve._replace(sd=np.full(len(curve.x), np.nan))
+        return curves[0]
     first = curves[0].x
     if all(len(each.x) == len(first) and bool((each.x == first).all()) for each in curves):
         x = first
@@ -177,43 +198,45 @@ def join_seeds(curves: Sequence[Curve]) -> Curve:
     return Curve(
         x,
         mean,
-        np.fmin.reduce(matrix("min", np.nan), axis=0),
-        np.fmax.reduce(matrix("max", np.nan), axis=0),
+        None,
+        None,
         matrix("points", 0.0).sum(axis=0),
         matrix("bad", 0.0).sum(axis=0),
         sd,
     )
 
 
-def _curve(columns: Any) -> Curve:
-    return Curve(columns.x, columns.mean, columns.min, columns.max, columns.count, columns.bad)
+def _curve(line: SeriesColumns, width: int, *, is_running: bool) -> Curve:
+    """Return what to draw of a series."""
+    end = len(line.x)
+    if width > 1 and is_running and end > 1:
+        points = line.count + line.bad
+        end -= bool(points[-1] * _LIVE_EDGE_SHARE < points[-2])
+    return Curve(*(each[:end] for each in (line.x, line.mean, line.min, line.max, line.count, line.bad)))
 
 
-def _without_live_edge(curve: Curve, width: int, member: Member) -> Curve:
-    if width == 1 or not member.is_running or len(curve.x) < 2:  # noqa: PLR2004 # the last bucket and one before it
-        return curve
-    points = curve.points[-2:] + curve.bad[-2:]
-    if points[1] * _LIVE_EDGE_SHARE >= points[0]:
-        return curve
-    return Curve(*(each[:-1] for each in curve if each is not None))
+def _rounded(curve: Curve) -> Curve:
+    mean, low, high, sd = (
+        None if each is None else round_numbers(each) for each in (curve.mean, curve.min, curve.max, curve.sd)
+    )
+    return curve._replace(mean=mean, min=low, max=high, sd=sd)
 
 
 def _columns(
-    writer: ColumnWriter, curve: Curve, runs: Sequence[int], clocks: Mapping[int, "_Clock"], axis: Axis
+    writer: ColumnWriter, curve: Curve, drawn: Sequence[_Drawn], clocks: Mapping[int, "_Clock"], axis: Axis
 ) -> dict[str, Any]:
-    x = curve.x if axis == "step" else _seconds(curve.x, [clocks[run] for run in runs], axis)
+    x = curve.x if axis == "step" else _seconds(curve.x, [clocks[each.member.run] for each in drawn], axis)
     columns: dict[str, Any] = {
-        "points": int(curve.points.sum()),
-        "bad": int(curve.bad.sum()),
+        "points": sum(each.points for each in drawn),
+        "bad": sum(each.bad for each in drawn),
         "end": float(curve.x[-1]),
         "x": writer.add(x),
         "mean": writer.add(curve.mean),
-        "min": writer.add(curve.min),
-        "max": writer.add(curve.max),
     }
-    if curve.sd is not None:
-        columns["sd"] = writer.add(curve.sd)
-    if columns["bad"]:
+    for name, values in (("min", curve.min), ("max", curve.max), ("sd", curve.sd)):
+        if values is not None:
+            columns[name] = writer.add(values)
+    if (curve.bad > 0).any():
         columns["badAt"] = writer.add(x[curve.bad > 0])
     if axis != "step":
         columns["steps"] = writer.add(curve.x)

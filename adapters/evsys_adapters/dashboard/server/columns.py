@@ -14,6 +14,18 @@ MAGIC: Final = b"EVC1"
 _ALIGNMENT: Final = 8
 
 
+_ROUNDED_BITS: Final = 29
+
+
+def round_numbers(values: Any) -> Any:
+    """Return an array rounded to the 24 significant bits of a float32, which compresses to half; exponents stay."""
+    import numpy as np
+
+    bits = np.asarray(values, "<f8").view("<u8")
+    half, mask = np.uint64(1 << (_ROUNDED_BITS - 1)), np.uint64((1 << 64) - (1 << _ROUNDED_BITS))
+    return ((bits + half) & mask).view("<f8")
+
+
 class ColumnWriter:
     """Collects columns. Columns with the same content are stored once."""
 

@@ -146,7 +146,10 @@ class ExperimentFrame(FrameSource):
         if sent == page and not is_complete:
             return None
         is_same = not is_complete and sent is not None and _names(sent) == _names(page)
-        return {"kind": "data", "experiment": {k: v for k, v in page.items() if not (is_same and k == "metrics")}}
+        return {
+            "kind": "data",
+            "experiment": {k: v for k, v in page.items() if not (is_same and k == "metrics")} | {"now": time.time()},
+        }
 
 
 class ChartFrame(FrameSource):
@@ -189,7 +192,7 @@ class ChartFrame(FrameSource):
             if line["x"][1] > MAX_LIVE_BUCKETS:
                 return refetch
             key = (line["kind"], line["arm"], line["run"])
-            end = line.pop("end")
+            end = line["end"]
             if end < ends.get(key, end):  # a resumed run has removed steps, which a frame cannot express
                 self._ends.clear()
                 return refetch

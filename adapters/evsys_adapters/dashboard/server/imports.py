@@ -15,6 +15,7 @@ from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import Store
+from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError
 
 _MAX_KEPT: Final = 200
@@ -98,6 +99,9 @@ class JournalImports:
                 await self._import(each)
             except (AnswerError, EvsysBusError, OSError) as error:
                 each.state, each.error = "failed", str(error)
+            except Exception as error:
+                log().error("dashboard.import_failed", journal=each.journal, exc_info=True)
+                each.state, each.error = "failed", f"{type(error).__name__}: {error}"
             else:
                 each.state = "completed"
 

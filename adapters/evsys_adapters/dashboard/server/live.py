@@ -57,8 +57,8 @@ class LiveLimits(msgspec.Struct, frozen=True):
     """How long a topic that is polled lives after the last request."""
     max_history: int = 100_000
     """Changed series and runs that are remembered for topics which have no viewers."""
-    max_share: float = 0.1
-    """Of the time that computing a topic may take; an expensive one is computed less often."""
+    max_share: float = 0.3
+    """Of the time that computing frames may take; what is expensive is computed less often."""
 
 
 class Frame(NamedTuple):
@@ -232,13 +232,19 @@ class LiveHub:
             with anyio.move_on_after(self._seconds_to_wait()):
                 await self._wakeup.wait()
             self._wakeup = anyio.Event()
+            start = self._clock()
             try:
                 await self._tick()
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
                 log().warning("dashboard.live_failed", error=error.message)
                 await anyio.sleep(1.0)
+            except Exception:
+                # A view that cannot be computed waits for its next change; the others must go on.
+                log().error("dashboard.live_failed", exc_info=True)
+                await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
-            await anyio.sleep(self._limits.chart_seconds)
+            seconds = self._clock() - start
+            await anyio.sleep(max(self._limits.chart_seconds, seconds / self._limits.max_share - seconds))
 
     async def _tick(self) -> None:
         now = self._clock()
