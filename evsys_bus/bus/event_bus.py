@@ -37,7 +37,7 @@ from evsys_bus.codec.redact import Redaction, set_redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError
-from evsys_bus.events import Event
+from evsys_bus.events import Event, Metrics, StepEnd
 from evsys_bus.journal import JournalWriter
 from evsys_bus.location import local_path
 from evsys_bus.sink import Sink
@@ -222,6 +222,17 @@ class EventBus:
         """
         self._compiled_publish(event)
 
+    def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
+        """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
+        next_parts = self._publisher.next_parts if type(self).publish is EventBus.publish else {}
+        next_parts[id(row)] = next_part
+        try:
+            self.publish(row)
+        finally:
+            is_recorded = next_parts.pop(id(row), None) is None
+        if not is_recorded:
+            self.publish(next_part)
+
     def record(self, event: Event) -> None:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
         self._publisher.record(event)
@@ -336,7 +347,7 @@ class EventBus:
         running, waiting = self._task_manager.count_running_and_waiting()
         return Health(
             state=self._publisher.state,
-            published=self._publisher.dispatches.published_counts(),
+            published=self._publisher.published_counts(),
             hooks=self._publisher.dispatches.hook_health(),
             tasks=tasks,
             tasks_by_owner=by_owner,

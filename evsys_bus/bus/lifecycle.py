@@ -82,7 +82,7 @@ class _ProcessState:
         self.received = False
         self.pid = os.getpid()
         self.exit_code = 0
-        """What the program gave `sys.exit` last, since it entered a bus."""
+        """What the program gave `sys.exit` last, since it started a run."""
         self.original_exit: Callable[[Any], Any] | None = None
 
 
@@ -106,6 +106,11 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         except RuntimeError:  # its loop was just closed
             _process_state.received = False  # possibly nothing was stopped: handle the next signal
             raise
+
+
+def exit_code() -> int:
+    """Return the code that the program gave `sys.exit` since it started a run; 0 if it did not call that."""
+    return _process_state.exit_code
 
 
 def _observe_exit_code() -> None:
@@ -171,7 +176,6 @@ class BusLifecycle:
         """
         self._exit_bus, self._owner_pid = exit_bus, os.getpid()
         atexit.register(self._at_exit)
-        _observe_exit_code()
         if self._sigterm_handler is not None and self._sigterm_handler.install() and self.loop is not None:
             self._on_sigterm()
 
@@ -263,6 +267,7 @@ class OpenRuns:
         """Note that a run or its training starts or ends."""
         if isinstance(event, RunStart):
             key = _run_key(event.ctx)
+            _observe_exit_code()
             if key:  # without one it is not different from the experiment
                 self._contexts[key] = event.ctx
         elif isinstance(event, TrainStart):

@@ -54,7 +54,7 @@ def main(line: bytes) -> None:
     """Run the courier process with an encoded `CourierConfig`, and exit."""
     sigterms: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: sigterms.append(number))
-    set_redaction(None)  # the program redacts what it records, and reveals what it wants to
+    set_redaction(None)  # the program redacts what it records, and reveals what it chooses to
     config, pool = _prepare(line)
     # An adapter may block the interpreter for ever (a regular expression can), and then no Python code runs.
     hang_seconds = config.grace_seconds + GRACE_SECONDS

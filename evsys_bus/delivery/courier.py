@@ -406,11 +406,11 @@ class Courier:
 
     async def _deliver_open_rows(self, batch: Batch) -> None:
         """Deliver the rows that were logged in parts, and whose program ended before they were complete."""
-        streams, batch.ended_streams, batch.is_closed = batch.ended_streams, [], False
+        ended, batch.ended, batch.is_closed = batch.ended, [], False
         rows = self._store.rows
         try:
             self._is_delivering = True
-            await self._deliver_uncounted([row for stream in streams for row in rows.of(stream)])
+            await self._deliver_uncounted([row for each in ended for row in rows.of(*each)])
             self._is_delivering = False
         except RetryLaterError as error:
             self._fatal_error = error
@@ -419,8 +419,8 @@ class Courier:
             self._is_delivering = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
         else:
-            for stream in streams:
-                rows.remove(stream)
+            for each in ended:
+                rows.remove(*each)
             self._store.has_changes = True
 
     async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
