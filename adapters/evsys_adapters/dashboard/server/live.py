@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
@@ -37,6 +37,10 @@ from evsys_bus.diagnostics import log
 
 MAX_TOPIC_BYTES: Final = 8192
 _MAX_JUMP: Final = 1 << 53
+_TURN_SECONDS: Final = 0.05
+"""How long frames may keep events and readers from the store's thread."""
+
+Compute: TypeAlias = "Callable[[Store, ColumnWriter], Content]"
 
 
 class LiveLimits(msgspec.Struct, frozen=True):
@@ -158,6 +162,8 @@ class LiveHub:
         self._places: Final = Places()
         self._pending: list[Changes] = []
         self._wakeup = anyio.Event()
+        self._busy_seconds = 0.0
+        """Taken on the store's thread since the last tick began."""
         self._turn: Final = anyio.Lock()
         """Held while marks are passed on and frames are computed."""
         self.clients = 0
@@ -232,7 +238,7 @@ class LiveHub:
             with anyio.move_on_after(self._seconds_to_wait()):
                 await self._wakeup.wait()
             self._wakeup = anyio.Event()
-            start = self._clock()
+            self._busy_seconds = 0.0
             try:
                 await self._tick()
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
@@ -243,7 +249,7 @@ class LiveHub:
                 log().error("dashboard.live_failed", exc_info=True)
                 await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
-            seconds = self._clock() - start
+            seconds = self._busy_seconds
             await anyio.sleep(max(self._limits.chart_seconds, seconds / self._limits.max_share - seconds))
 
     async def _tick(self) -> None:
@@ -297,9 +303,10 @@ class LiveHub:
         """Compute the next frames of those topics that have changed and are due."""
         async with self._turn:
             await self._mark()
-            for topic in list(topics):
-                if topic.source.is_changed and self._clock() >= topic.due:
-                    await self._compute(topic)
+            due = [topic for topic in topics if topic.source.is_changed and self._clock() >= topic.due]
+            works = deque((topic, topic.source.take()) for topic in due)
+            while works:
+                await self._compute(works)
 
     async def _mark(self) -> None:
         """Pass what has changed to the topics."""
@@ -323,26 +330,31 @@ class LiveHub:
             for topic in topics:
                 topic.source.mark(views)
 
-    async def _compute(self, topic: Topic) -> None:
-        number = self._number = self._number + 1
+    async def _compute(self, works: "deque[tuple[Topic, Compute]]") -> None:
+        """Compute the next frames of some topics, which are taken from the queue, in one turn of the store's thread.
+
+        While a client catches up, its events take turns with these: one turn for each topic would take long.
+        """
+        first = self._number + 1
+        self._number += len(works)
         start = self._clock()
-        compute = topic.source.take()
+        todo = [(compute, topic.name, number) for number, (topic, compute) in enumerate(works, start=first)]
         try:
-            data = await self._store.call(_encode_frame, compute, topic.name, number)
-        except AnswerError as error:
-            if error.status == HTTPStatus.NOT_FOUND:
-                data = ColumnWriter().encode({"topic": topic.name, "frame": number, "kind": "refetch"})
-            else:
+            done = await self._store.call(_encode_frames, todo)
+        except AnswerError:
+            for topic, _ in works:
                 topic.source.mark_all()
-                raise
-        seconds = self._clock() - start
-        interval = self._limits.page_seconds if topic.source.is_page else self._limits.chart_seconds
-        topic.due = start + max(interval, seconds / self._limits.max_share)
-        topic.refreshed = start
-        if data is not None:
-            topic.add(Frame(number, data))
-            for viewer in topic.viewers:
-                viewer.wake()
+            raise
+        for number, encoded in enumerate(done, start=first):
+            topic, _ = works.popleft()
+            interval = self._limits.page_seconds if topic.source.is_page else self._limits.chart_seconds
+            topic.due = start + max(interval, encoded.seconds / self._limits.max_share)
+            topic.refreshed = start
+            self._busy_seconds += encoded.seconds
+            if encoded.data is not None:
+                topic.add(Frame(number, encoded.data))
+                for viewer in topic.viewers:
+                    viewer.wake()
 
 
 def parse_topic(name: str) -> FrameSource:
@@ -368,11 +380,34 @@ def reset_frame(topic: str, number: int) -> Frame:
     return Frame(number, ColumnWriter().encode({"topic": topic, "frame": number, "kind": "reset"}))
 
 
-def _encode_frame(
-    store: Store, compute: Callable[[Store, ColumnWriter], Content], topic: str, number: int
-) -> bytes | None:
+class _Encoded(NamedTuple):
+    data: bytes | None
+    seconds: float
+    """Taken on the store's thread."""
+
+
+def _encode_frames(store: Store, works: Sequence[tuple[Compute, str, int]]) -> list[_Encoded]:
+    """Compute and encode frames, as many as fit into a turn; at least one."""
+    done: list[_Encoded] = []
+    started = begin = time.monotonic()
+    for compute, topic, number in works:
+        data = _encode_frame(store, compute, topic, number)
+        end = time.monotonic()
+        done.append(_Encoded(data, end - begin))
+        begin = end
+        if end - started > _TURN_SECONDS:
+            break
+    return done
+
+
+def _encode_frame(store: Store, compute: Compute, topic: str, number: int) -> bytes | None:
     writer = ColumnWriter()
-    content = compute(store, writer)
+    try:
+        content = compute(store, writer)
+    except AnswerError as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        writer, content = ColumnWriter(), {"kind": "refetch"}
     return None if content is None else writer.encode({"topic": topic, "frame": number, **content})
 
 
