@@ -3,7 +3,8 @@
 A topic is what a view shows: ``home``, ``e/ID`` (an experiment) or ``c/ID/LINES/WIDTH/METRIC`` (a chart). While it has
 viewers, changes mark it, the next tick computes a frame, and the topic's ring keeps the last 300. All frames have
 absolute values, so receiving one twice changes nothing. Frame numbers come from one counter of the server that also
-counts changes and starts from the clock, so numbers of an earlier process are older than all of this one.
+counts changes and starts from the clock, so numbers of an earlier process are older than all of this one. A frame has
+all changes up to its number.
 
 A viewer that asks for the frames since a number gets them from the ring, or from the recent changes, or a frame of kind
 ``reset``: then it reads the view again by its ordinary route.
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple, TypeAlias
 import anyio
 import msgspec
 
+from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
@@ -244,8 +246,7 @@ class LiveHub:
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
                 log().warning("dashboard.live_failed", error=error.message)
                 await anyio.sleep(1.0)
-            except Exception:
-                # A view that cannot be computed waits for its next change; the others must go on.
+            except Exception:  # the next round begins anew; without rounds, no view would be live any more
                 log().error("dashboard.live_failed", exc_info=True)
                 await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
@@ -302,22 +303,27 @@ class LiveHub:
     async def _compute_due(self, topics: Iterable[Topic]) -> None:
         """Compute the next frames of those topics that have changed and are due."""
         async with self._turn:
-            await self._mark()
+            number = await self._mark()
             due = [topic for topic in topics if topic.source.is_changed and self._clock() >= topic.due]
             works = deque((topic, topic.source.take()) for topic in due)
             while works:
-                await self._compute(works)
+                await self._compute(works, number)
 
-    async def _mark(self) -> None:
-        """Pass what has changed to the topics."""
+    async def _mark(self) -> int:
+        """Pass what has changed to the topics. Returns the number of the frames to compute now.
+
+        What is published from here on has a greater number: it is in later frames, even if these have it already.
+        """
+        number = self._number = self._number + 1
         pending, self._pending = self._pending, []
         topics = list(self._topics.values())
         joined = [(topic, topic.joined_at) for topic in topics if topic.joined_at is not None]
         for topic, _ in joined:
             topic.joined_at = None
         await self._mark_topics(topics, pending)
-        for topic, number in joined:
-            await self._mark_topics([topic], [each for at, each in self._history if at > number])
+        for topic, joined_at in joined:
+            await self._mark_topics([topic], [each for at, each in self._history if at > joined_at])
+        return number
 
     async def _mark_topics(self, topics: Sequence[Topic], changes: Sequence[Changes]) -> None:
         views = Views()
@@ -330,22 +336,19 @@ class LiveHub:
             for topic in topics:
                 topic.source.mark(views)
 
-    async def _compute(self, works: "deque[tuple[Topic, Compute]]") -> None:
-        """Compute the next frames of some topics, which are taken from the queue, in one turn of the store's thread.
+    async def _compute(self, works: "deque[tuple[Topic, Compute]]", number: int) -> None:
+        """Compute frames of the first topics in the queue, which leave it, in one turn of the store's thread.
 
         While a client catches up, its events take turns with these: one turn for each topic would take long.
         """
-        first = self._number + 1
-        self._number += len(works)
         start = self._clock()
-        todo = [(compute, topic.name, number) for number, (topic, compute) in enumerate(works, start=first)]
         try:
-            done = await self._store.call(_encode_frames, todo)
+            done = await self._store.call(_encode_frames, [(compute, topic.name) for topic, compute in works], number)
         except AnswerError:
             for topic, _ in works:
                 topic.source.mark_all()
             raise
-        for number, encoded in enumerate(done, start=first):
+        for encoded in done:
             topic, _ = works.popleft()
             interval = self._limits.page_seconds if topic.source.is_page else self._limits.chart_seconds
             topic.due = start + max(interval, encoded.seconds / self._limits.max_share)
@@ -386,29 +389,27 @@ class _Encoded(NamedTuple):
     """Taken on the store's thread."""
 
 
-def _encode_frames(store: Store, works: Sequence[tuple[Compute, str, int]]) -> list[_Encoded]:
+def _encode_frames(store: Store, works: Sequence[tuple[Compute, str]], number: int) -> list[_Encoded]:
     """Compute and encode frames, as many as fit into a turn; at least one."""
     done: list[_Encoded] = []
     started = begin = time.monotonic()
-    for compute, topic, number in works:
-        data = _encode_frame(store, compute, topic, number)
+    for compute, topic in works:
+        writer = ColumnWriter()
+        try:
+            content = compute(store, writer)
+        except StoreError:
+            raise
+        except Exception as error:  # a view that cannot be computed must not hold up the others
+            if not (isinstance(error, AnswerError) and error.status == HTTPStatus.NOT_FOUND):
+                log().error("dashboard.view_failed", topic=topic, exc_info=True)
+            writer, content = ColumnWriter(), {"kind": "refetch"}
+        data = None if content is None else writer.encode({"topic": topic, "frame": number, **content})
         end = time.monotonic()
         done.append(_Encoded(data, end - begin))
         begin = end
         if end - started > _TURN_SECONDS:
             break
     return done
-
-
-def _encode_frame(store: Store, compute: Compute, topic: str, number: int) -> bytes | None:
-    writer = ColumnWriter()
-    try:
-        content = compute(store, writer)
-    except AnswerError as error:
-        if error.status != HTTPStatus.NOT_FOUND:
-            raise
-        writer, content = ColumnWriter(), {"kind": "refetch"}
-    return None if content is None else writer.encode({"topic": topic, "frame": number, **content})
 
 
 def _size(changes: Changes) -> int:
