@@ -50,8 +50,16 @@ def filled(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(filled: Path) -> Iterator[PageServer]:
+    """Run a dashboard to look at."""
+    with PageServer(filled, filled / "copy") as server:
+        yield server
+
+
 @pytest.fixture
-def server(filled: Path, tmp_path: Path) -> Iterator[PageServer]:
+def growing(filled: Path, tmp_path: Path) -> Iterator[PageServer]:
+    """Run a dashboard that the test may change."""
     with PageServer(filled, tmp_path / "copy") as server:
         yield server
 
@@ -62,10 +70,13 @@ class Reader:
     def __init__(self, browser: Any, width: int = 1280, height: int = 800) -> None:
         self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.complaints: list[str] = []
-        self.fetched: list[tuple[str, int]] = []
+        self.requests: list[Any] = []
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in {"error", "warning"} else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfinished", lambda r: self.fetched.append((r.url, r.sizes()["responseBodySize"])))
+        self.page.on("request", self._remember)
+
+    def _remember(self, request: Any) -> None:
+        self.requests.append(request)
 
     def open(self, server: PageServer, path: str, until: str) -> None:
         self.page.goto(f"{server.url}{path}#token=a-token")
@@ -124,10 +135,13 @@ def test_no_text_becomes_markup_or_code() -> None:
 
 def test_the_first_view_is_small_and_comes_from_one_host(reader: Reader, server: PageServer) -> None:
     reader.open(server, server.experiment, DRAWN)
-    assert len(reader.fetched) <= 12
-    assert sum(size for url, size in reader.fetched if "/api/charts" not in url) <= 150_000
-    assert {url.split("/")[2] for url, _ in reader.fetched} == {f"127.0.0.1:{server.port}"}
-    assert len([url for url, _ in reader.fetched if "/api/charts" in url]) == 1, "charts in view come in one request"
+    requests = list(reader.requests)
+    assert len(requests) <= 12
+    assert sum(request.sizes()["responseBodySize"] for request in requests) <= 150_000
+    assert {request.url.split("/")[2] for request in requests} == {f"127.0.0.1:{server.port}"}
+    assert [request.url for request in requests].count(f"{server.url}/api/charts") == 1, (
+        "one request for what is in view"
+    )
     assert reader.complaints == []
 
 
@@ -195,8 +209,8 @@ def drag(reader: Reader, metric: str) -> Any:
     return box
 
 
-def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader, server: PageServer) -> None:
-    reader.open(server, server.experiment, DRAWN)
+def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader, growing: PageServer) -> None:
+    reader.open(growing, growing.experiment, DRAWN)
     whole = reader.until(drawn("train/accuracy"))
     box = drag(reader, "train/loss")
     reader.until("location.search.includes('zoom=')")
@@ -205,7 +219,7 @@ def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader,
     top = reader.page.evaluate("window.scrollTo(0, 200), window.scrollY")
     reader.until(CONNECTED)
     progress = reader.text(".title .progress")
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"document.querySelector('.title .progress').innerText != {json.dumps(progress)}")
     assert reader.page.url == url
     assert reader.page.evaluate(drawn("train/accuracy")) == zoomed
@@ -235,16 +249,16 @@ def test_a_chart_is_saved_as_a_table(reader: Reader, server: PageServer) -> None
     assert rows[0].startswith("band,adamw lr=3e-4,,0,")
 
 
-def test_a_chart_grows_as_steps_arrive_and_not_while_paused(reader: Reader, server: PageServer) -> None:
-    reader.open(server, server.experiment, DRAWN)
+def test_a_chart_grows_as_steps_arrive_and_not_while_paused(reader: Reader, growing: PageServer) -> None:
+    reader.open(growing, growing.experiment, DRAWN)
     reader.until(CONNECTED)
     before = reader.until(drawn("train/loss"))
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"{drawn('train/loss')} > {before}")
     before = reader.page.evaluate(drawn("train/loss"))
     reader.page.keyboard.press(".")
     reader.until("document.querySelector('.connection').textContent.includes('paused')")
-    server.grow(64)
+    growing.grow(64)
     time.sleep(0.3)
     assert reader.page.evaluate(drawn("train/loss")) == before
     reader.page.keyboard.press(".")
@@ -263,14 +277,14 @@ def test_a_lost_connection_is_shown_and_resumed(reader: Reader, filled: Path, tm
         reader.until(f"{drawn('train/loss')} > {before}")
 
 
-def test_where_websockets_are_refused_the_page_polls(reader: Reader, server: PageServer) -> None:
+def test_where_websockets_are_refused_the_page_polls(reader: Reader, growing: PageServer) -> None:
     reader.page.add_init_script(
         "window.WebSocket = class { static OPEN = 1; constructor() { setTimeout(() => this.onclose({})) } }"
     )
-    reader.open(server, server.experiment, DRAWN)
+    reader.open(growing, growing.experiment, DRAWN)
     reader.until("document.querySelector('.connection').textContent.includes('by polling')")
     before = reader.until(drawn("train/loss"))
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"{drawn('train/loss')} > {before}")
 
 
