@@ -194,6 +194,9 @@ def test_keys_change_the_view_and_a_reload_restores_it(reader: Reader, server: P
     assert reader.page.url == url
     assert "members" in reader.text(".charts .tools")
     assert reader.page.evaluate("document.querySelectorAll('.legend [aria-pressed=false]').length") == 1
+    reader.page.click("text=metrics >> nth=0")
+    reader.until("location.pathname.endsWith('/metrics') && !document.querySelector('table')")
+    assert reader.page.url.split("?")[1] == url.split("?")[1]
     before = reader.page.evaluate("document.documentElement.dataset.theme")
     reader.page.keyboard.press("d")
     assert reader.page.evaluate("document.documentElement.dataset.theme") != before
@@ -342,6 +345,13 @@ def test_without_a_valid_token_the_page_names_the_fix(reader: Reader, server: Pa
     reader.page.goto(f"{server.url}/#token=another")
     reader.until("!!document.querySelector('.failure')")
     assert "evsys-bus dash" in reader.text(".failure")
+
+
+def test_an_answer_that_the_page_cannot_show_leaves_a_message(reader: Reader, server: PageServer) -> None:
+    reader.page.route("**/api/experiments/*", lambda route: route.fulfill(json={"id": "x", "name": "x"}))
+    reader.open(server, server.experiment, "!!document.querySelector('.failure')")
+    assert "Load it again" in reader.text(".failure")
+    assert reader.text(".brand") == "evsys-bus"
 
 
 def computed(source: str, expression: str) -> Any:

@@ -9,7 +9,7 @@ import { counted, count, deviating, duration, plain, shortened } from "./format"
 import { follow } from "./live";
 import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
 import type { Experiment, Run } from "./types";
-import { paused } from "./view";
+import { paused, search } from "./view";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
   const experiment = useSignal<Experiment | null>(null);
@@ -84,10 +84,10 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
           </span>
         ))}
         <nav>
-          <Link to={base} class={onlyMetrics ? "" : "current"}>
+          <Link to={base + search.value} class={onlyMetrics ? "" : "current"}>
             overview
           </Link>
-          <Link to={`${base}/metrics`} class={onlyMetrics ? "current" : ""}>
+          <Link to={`${base}/metrics${search.value}`} class={onlyMetrics ? "current" : ""}>
             metrics
           </Link>
         </nav>

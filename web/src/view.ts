@@ -8,6 +8,9 @@ addEventListener("popstate", () => (place.value = read()));
 
 export const path = computed(() => place.value.path);
 
+/** The settings as a URL has them, for links that keep them. */
+export const search = computed(() => place.value.query.size ? location.search : "");
+
 export function navigate(to: string): void {
   history.pushState(null, "", to);
   place.value = read();
