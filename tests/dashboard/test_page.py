@@ -168,10 +168,10 @@ def test_a_name_that_is_markup_is_shown_as_text(reader: Reader, server: PageServ
 
 def test_an_experiment_answers_which_arm_leads_and_what_failed(reader: Reader, server: PageServer) -> None:
     reader.open(server, server.experiment, DRAWN)
-    answer = reader.text(".answer")
+    answer = reader.text(".summary")
     assert answer.startswith("adamw lr=1e-3 leads by val/accuracy (higher is better): 0.9")
     assert "1 run failed" in answer
-    assert "FloatingPointError: loss is NaN" in reader.text(".broken")
+    assert "FloatingPointError: loss is NaN" in reader.text(".problems")
     assert "best" in reader.text("tr.winner")
     reader.page.click("tr.winner button")
     assert reader.page.evaluate("document.querySelectorAll('tr.run').length") == 3
@@ -373,9 +373,9 @@ def computed(source: str, expression: str) -> Any:
 def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
     assert computed(
         "format.ts",
-        """[m.marks([0, 1e-5, 2e-5], 1e-5), m.marks([1.25, 1.5, 1.75], 0.25), m.marks([0, 10000, 20000], 10000),
-            m.marks([100000.5, 100001], 0.5), m.marks([1.000001, 1.000002], 1e-6), m.marks([0.00012, 0.00014], 2e-5),
-            m.marks([-0.5, 0, 0.5], 0.5), m.marks([2500, 5000, 7500], 2500)]""",
+        """[m.tickTexts([0, 1e-5, 2e-5], 1e-5), m.tickTexts([1.25, 1.5, 1.75], 0.25), m.tickTexts([0, 10000, 20000], 10000),
+            m.tickTexts([100000.5, 100001], 0.5), m.tickTexts([1.000001, 1.000002], 1e-6), m.tickTexts([0.00012, 0.00014], 2e-5),
+            m.tickTexts([-0.5, 0, 0.5], 0.5), m.tickTexts([2500, 5000, 7500], 2500)]""",
     ) == [
         ["0", "1e-5", "2e-5"],
         ["1.25", "1.50", "1.75"],
@@ -391,8 +391,8 @@ def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
 def test_numbers_are_rounded_to_their_deviation() -> None:
     assert computed(
         "format.ts",
-        """[m.deviating(1.79012, 0.00712), m.deviating(0.5, 0.0123), m.deviating(1.5e-7, 2e-9), m.deviating(0.25, null),
-            m.deviating(0.03, 0.004, true), m.deviating(412345, 812), m.number(-0.00001234), m.number(12345.6),
+        """[m.withDeviation(1.79012, 0.00712), m.withDeviation(0.5, 0.0123), m.withDeviation(1.5e-7, 2e-9), m.withDeviation(0.25, null),
+            m.withDeviation(0.03, 0.004, true), m.withDeviation(412345, 812), m.number(-0.00001234), m.number(12345.6),
             m.number(null)]""",
     ) == [
         "1.790 ± 0.007",

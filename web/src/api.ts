@@ -5,7 +5,7 @@ import type { Chart, Line, Lines, XAxis } from "./types";
 const CLOCK_TOLERANCE_SECONDS = 5;
 const TOKEN_KEY = "evsys-bus-token";
 
-/** The token comes in the fragment, which no request carries; it is kept so that other tabs have it. */
+/** The token comes in the fragment, which no request carries; local storage gives it to other tabs. */
 function takeToken(): string {
   const given = /^#token=([\w.~-]+)$/.exec(location.hash);
   if (given) {

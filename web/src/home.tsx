@@ -3,7 +3,7 @@ import { useEffect } from "preact/hooks";
 import { signal } from "@preact/signals";
 import { getJson } from "./api";
 import { number, shortened } from "./format";
-import { follow } from "./live";
+import { subscribe } from "./live";
 import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
 import type { ExperimentRow, Home } from "./types";
 import { filter, paused } from "./view";
@@ -49,7 +49,7 @@ export function HomePage() {
   useEffect(() => {
     document.title = "evsys-bus";
     if (!isLoaded || isPaused) return;
-    return follow("home", home.peek()!.frame ?? null, ({ header }) => {
+    return subscribe("home", home.peek()!.frame ?? null, ({ header }) => {
       if (header.kind === "data") update(header.home);
       else loads.value++;
     });

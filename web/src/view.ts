@@ -84,11 +84,11 @@ export function next<T>(choices: readonly T[], value: T): T {
 }
 
 /** The chart under the pointer or the focus. */
-export const chartInHand = signal<string | null>(null);
+export const activeChart = signal<string | null>(null);
 
 /** Of the chart in hand, else of all. */
 export function toggleLog(): void {
-  logCharts.value = toggled(logCharts.value, chartInHand.value ?? "*");
+  logCharts.value = toggled(logCharts.value, activeChart.value ?? "*");
 }
 
 export function cycleX(): void {
@@ -112,4 +112,4 @@ export function toggleTheme(): void {
 }
 
 /** The arm under the pointer, in a table or a legend. */
-export const raisedArm = signal<string | null>(null);
+export const highlightedArm = signal<string | null>(null);
