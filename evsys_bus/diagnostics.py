@@ -78,7 +78,7 @@ def log() -> "BoundLogger":
     class SafeBoundLogger(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
             try:
-                if logger.disabled:  # the default of dictConfig and fileConfig, and seldom what a program wants
+                if logger.disabled:  # the default of dictConfig and fileConfig, and seldom what a program intends
                     logger.disabled = False
                     fix = (
                         f'disable_existing_loggers=False; to silence it, logging.getLogger("{LOGGER_NAME}").setLevel()'

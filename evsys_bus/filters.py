@@ -4,7 +4,7 @@
     term      text                        the text is in the name, arm, experiment, a tag or the notes, in any case
               "two words"                 likewise; quotes also make a name or value of words with blanks or signs
               /regex/                     a regular expression finds something in one of these
-              name:value                  the field has this value, in any case; * and ? stand for any letters
+              name:value                  the field has this value, in any case; * and ? match any letters
               name=value  name!=value     likewise; or has not
               name>value                  also >=, <, <=: numbers, and durations such as 90s, 10m, 2h, 1d
               -term                       the term does not match

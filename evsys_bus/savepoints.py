@@ -166,6 +166,8 @@ class Savepoints:
             self._remove(at_mark.path)  # renaming a link to the same file does nothing
         elif size is not None:
             self._truncate(target, size)
+        if versions:
+            self._disk.sync_path(parent_folder(target))  # the next life would restore one that a power cut brings back
         self._recovered.add(file)
 
     def _find_versions(self, target: str, mark: Mark) -> "tuple[list[_FileVersion], _FileVersion | None]":

@@ -6,9 +6,9 @@ this machine.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
@@ -263,8 +263,10 @@ class CheckpointPrune(Sink):
         elif isinstance(event, Eval):
             for scores, rules in ((run.local_scores, self.config.local), (run.remote_scores, self.config.remote)):
                 best = rules.keep_best
-                value = None if best is None else event.metrics.get(best.metric)
-                if best is not None and best.eval_name in {None, event.eval_name} and _is_finite(value):
+                if best is None or best.eval_name not in {None, event.eval_name}:
+                    continue
+                value: object = event.metrics.get(best.metric)
+                if isinstance(value, int | float) and math.isfinite(value):
                     scores[event.step_idx] = float(value)
                     _trim_scores(scores, best)
 
@@ -274,7 +276,8 @@ class CheckpointPrune(Sink):
         bounds = self._bounds(run) if to_remove else None
         for row in to_remove:
             assert bounds is not None
-            removal_plan = plan_removal(row, (each for each in self._rows() if each is not row), bounds)
+            remaining = [each.row for known in self._runs.values() for each in known.checkpoints if each.row is not row]
+            removal_plan = plan_removal(row, remaining, bounds)
             if self.config.dry_run:
                 if removal_plan.removable:
                     self._publish_pruned(run, row, "local", [str(each.path) for each in removal_plan.removable])
@@ -285,10 +288,6 @@ class CheckpointPrune(Sink):
                 self._report_skipped(run, row, skipped)
             if removed:
                 self._publish_pruned(run, row, "local", [str(each.path) for each in removed])
-
-    def _rows(self) -> Iterator[ManifestRow]:
-        """Yield all checkpoints of all runs that may still be on this machine."""
-        return (each.row for run in self._runs.values() for each in run.checkpoints)
 
     def _bounds(self, run: _Run) -> RemovalBounds:
         others = [Path(each.run_dir) for each in self._runs.values() if each.run_dir != run.run_dir]
@@ -370,7 +369,3 @@ def _trim_scores(scores: dict[int, float], best: BestCheckpoints) -> None:
         retained = {*ranked[:MAX_SCORES], *sorted(scores)[-MAX_SCORES:]}
         for step in set(scores) - retained:
             del scores[step]
-
-
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -36,9 +36,8 @@ from evsys_adapters.output_files.output_lease import (
     relative_run_path,
 )
 from evsys_adapters.output_files.output_positions import (
-    NEXT_STREAM,
+    OutputRuns,
     Position,
-    PositionWriter,
     TrackedOutput,
     assign,
     position_file_of,
@@ -119,19 +118,13 @@ class CsvMetricsCallback(Callback):
         starts_with_run_dir = config.out_path.startswith(_RUN_DIR)
         self._out_path = config.out_path if starts_with_run_dir else str(local_path(out_path, "out_path"))
         self._delimiter = config.delimiter
-        self._runs: dict[str, _RunTable] = {}
-        self._savepoints = Savepoints()
-        self._position_writer = PositionWriter(self._savepoints)
-        self._rewound: dict[str, tuple[StepTracker, Position]] = {}
-        """Runs without an event since the mark, or whose experiment ended while rows were being matched."""
-        self._ended_runs: dict[str, _RunTable] = {}
-        """Runs whose experiment has ended since the last mark."""
+        self._runs: OutputRuns[_RunTable, StepTracker] = OutputRuns(position_file_of, lambda tracker: tracker)
         self._omitted_kinds: set[str] = set()
 
     @property
     def waiting(self) -> int:
         """Rows that the disk has refused so far and that are in memory."""
-        return sum(run.backlog.pending for run in self._runs.values())
+        return sum(run.backlog.pending for run in self._runs.open.values())
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut the rows of steps that will be run again."""
@@ -166,18 +159,20 @@ class CsvMetricsCallback(Callback):
         del artifacts
         run = self._run(state)
         if not run.output.has(self.event):
-            run.tracker.rewound = False
+            run.state.rewound = False
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Close the files of the experiment's runs, and drop their state."""
         del result
-        for run in [each for each in self._runs if is_run_of(each, ctx)]:
-            table = self._ended_runs[run] = self._runs.pop(run)
+        runs = self._runs
+        for key in [each for each in runs.open if is_run_of(each, ctx)]:
+            table = runs.ended[key] = runs.open.pop(key)
             table.close()
-            self._rewound[run] = (table.tracker, table.output.position)
-        self._rewound = {
-            run: each for run, each in self._rewound.items() if each[0].is_matching or not is_run_of(run, ctx)
+            runs.rewound[key] = (table.state, table.output.position)
+        # Those whose rows are being matched with existing ones stay known.
+        runs.rewound = {
+            key: each for key, each in runs.rewound.items() if each[0].is_matching or not is_run_of(key, ctx)
         }
 
     def close(self) -> None:
@@ -186,11 +181,9 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
         """
-        for run in self._runs.values():
+        for run in self._runs.open.values():
             run.close()
-        if not has_courier(self):
-            for run in [*self._ended_runs.values(), *self._runs.values()]:
-                run.backlog.check_written()
+        self._runs.check_written(self)
 
     def mark(self) -> Any:
         """Return the position of all files as plain data; their rows are synced to disk first.
@@ -198,16 +191,7 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        written = [*self._ended_runs.values(), *self._runs.values()]
-        for run in written:
-            run.backlog.drain()
-        files = self._position_writer.take(
-            (run.output, msgspec.json.encode(run.tracker), [run.path]) for run in written
-        )
-        self._ended_runs = {}
-        known = self._rewound | {key: (run.tracker, run.output.position) for key, run in self._runs.items()}
-        trackers = {key: tracker for key, (tracker, _) in known.items()}
-        return msgspec.to_builtins(_CsvMark(files, trackers, {key: position for key, (_, position) in known.items()}))
+        return msgspec.to_builtins(_CsvMark(*self._runs.take_mark(msgspec.json.encode)))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -216,31 +200,21 @@ class CsvMetricsCallback(Callback):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _CsvMark)
-        runs = {
-            key: (tracker, saved.positions.get(key) or Position(since=NEXT_STREAM if tracker.has_started else ""))
-            for key, tracker in saved.trackers.items()
-        }
-        self._position_writer.rewind(self, saved.files, runs.values(), position_file_of)
-        self._rewound |= runs
+        self._runs.rewind(self, saved.files, saved.trackers, saved.positions)
 
     def _run(self, state: LoopState) -> "_RunTable":
         rank = rank_of_event(self.event)
         key = ranked_key(run_id(state), rank)
-        run = self._runs.get(key)
+        run = self._runs.open.get(key)
         if run is None:
             fix = f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself"
-            candidates = OutputCandidates(
-                self, owner_of(state), [*self._candidate_paths(state, rank)], self._savepoints, fix
-            )
-            behind_courier = has_courier(self)
-            may_repeat = not self._position_writer.has_mark and behind_courier  # its cursor may be lost
-            tracker, position = self._rewound.get(key) or (StepTracker(position_unknown=may_repeat), Position())
-            if key in self._ended_runs:
-                tracker, position = self._ended_runs[key].tracker, self._ended_runs[key].output.position
-            output = TrackedOutput(self._savepoints, position, behind_courier=behind_courier)
-            run = self._runs[key] = _RunTable(candidates, self._delimiter, self._savepoints, tracker, output)
-            self._rewound.pop(key, None)
-            self._ended_runs.pop(key, None)
+            savepoints, paths = self._runs.savepoints, [*self._candidate_paths(state, rank)]
+            candidates = OutputCandidates(self, owner_of(state), paths, savepoints, fix)
+            tracker, position = self._runs.known_state(key)
+            if tracker is None:
+                tracker = StepTracker(position_unknown=self._runs.may_repeat(self))
+            output = TrackedOutput(savepoints, position, behind_courier=has_courier(self))
+            run = self._runs.add(key, _RunTable(candidates, self._delimiter, savepoints, tracker, output))
             if rank and _RANK not in self._out_path:
                 fix = f"write {_RANK} into out_path to name the files yourself"
                 log().warning(
@@ -276,7 +250,7 @@ class _RunTable:
         output: TrackedOutput,
     ) -> None:
         self.backlog = Backlog(str(candidates.first))
-        self.tracker = tracker
+        self.state = tracker
         self.output = output
         self.path = candidates.first
         self._matcher = RowMatcher(tracker)
@@ -286,33 +260,45 @@ class _RunTable:
         self._table: CsvTable | None = None
         self._lease: OutputLease | None = None
 
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def settle(self) -> None:
+        self.backlog.drain()
+
+    def check_written(self) -> None:
+        self.backlog.check_written()
+
     def prepare(self) -> None:
         """Acquire the file, to find out which rows it has; raises RetryLaterError."""
         if self.output.behind_courier and not self._has_lease:
             try:
                 self._open()
-                skip_matching_if_empty(self.tracker, [self.path])
+                skip_matching_if_empty(self.state, [self.path])
             except OSError as error:
                 raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
     def resume(self) -> None:
-        if self.tracker.is_matching:
+        if self.state.is_matching:
             self.backlog.write(self._matcher.resume, 0)
         elif not self.output.is_known:
-            self.tracker.resume()
-            skip_matching_if_empty(self.tracker, [self.path])
+            self.state.resume()
+            skip_matching_if_empty(self.state, [self.path])
 
     def begin(self, first_step: int) -> None:
-        if self.tracker.is_matching:
+        if self.state.is_matching:
             self.backlog.write(partial(self._begin, first_step), 0)
-        elif self.tracker.start_training():
+        elif self.state.start_training():
             self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
-        action = self._append_unless_present if self.tracker.is_matching else self._append
-        if not self.tracker.is_matching and self.tracker.record_step():
+        size = sum(map(len, cells)) + sum(map(len, cells.values()))
+        if self.state.is_matching:
+            self.backlog.write(lambda: self._append_unless_present(step, cells), size)
+            return
+        if self.state.record_step():
             self.backlog.write(lambda: self._open().cut(step, cells), 0)
-        self.backlog.write(partial(action, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
+        self.backlog.write(lambda: self._open().append(step, cells), size)
 
     def close(self) -> None:
         if self._table is not None:
@@ -324,15 +310,12 @@ class _RunTable:
         if self._matcher.start_training(first_step):
             self._open().cut(first_step)
 
-    def _append(self, step: int, cells: dict[str, str]) -> None:
-        self._open().append(step, cells)
-
     def _append_unless_present(self, step: int, cells: dict[str, str]) -> None:
         table = self._open()
         if not self._matcher.is_present(table, row_key(step, cells), step):
             table.append(step, cells)
             self._matcher.count_appended()
-        self.tracker.record_step()
+        self.state.record_step()
 
     def _close(self) -> None:
         """Close the file, and release it for other processes."""
@@ -346,7 +329,7 @@ class _RunTable:
             self.path, lease = self._candidates.acquire()
             state = self.output.restore(self.path, position_file_of(self.path))
             if state is not None:
-                assign(self.tracker, msgspec.json.decode(state, type=StepTracker))
+                assign(self.state, msgspec.json.decode(state, type=StepTracker))
             self._lease = lease
             self._table = CsvTable(self.path, self._delimiter, self._savepoints)
             self._matcher.invalidate()

@@ -69,7 +69,7 @@ class EarlyStoppingCallback(Callback):
     NaN and infinities are never the best value and count as no improvement. A late eval of an older step is inserted in
     step order, so the order of arrival does not matter; one of the same step replaces the earlier one. A resumed run is
     judged by all its evals, including those before the interruption if the bus has a journal; evals at steps that are
-    run again count anew. If the criterion was met already, it stops before its first step.
+    run again count once. If the criterion was met already, it stops before its first step.
 
     Subclass it for another policy: `improved` compares values, `should_stop` decides.
 

@@ -35,9 +35,8 @@ from evsys_adapters.common.terminal import LinePrinter, alert_line, one_line, st
 from evsys_adapters.output_files.experiment_pages import conclusion_page, experiment_page, hypothesis_of
 from evsys_adapters.output_files.output_lease import OutputCandidates, has_courier, owner_of
 from evsys_adapters.output_files.output_positions import (
-    NEXT_STREAM,
+    OutputRuns,
     Position,
-    PositionWriter,
     TrackedOutput,
     position_file_in,
 )
@@ -58,7 +57,7 @@ from evsys_bus.context import (
     TrainingBatch,
 )
 from evsys_bus.files import AppendFile, Backlog, list_folder
-from evsys_bus.savepoints import Mark, Savepoints
+from evsys_bus.savepoints import Mark
 
 _LOGS: Final = "logs"
 
@@ -113,6 +112,8 @@ class LocalLoggerCallback(Callback):
     experiment ``experiment-2.md``; a WARNING names the folder. An adapter with a new name continues in the folder of
     one that is no longer subscribed.
 
+    Behind a courier it also logs the samples of `SystemMetricsCallback`.
+
     Results may be of any class: missing fields are omitted. Rows that the disk refuses stay in memory, up to 16 MiB
     for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
     files are rewound to the last `mark`.
@@ -134,19 +135,15 @@ class LocalLoggerCallback(Callback):
         params |= {"max_rollouts": max_rollouts, "max_train_rows": max_train_rows}
         self._config = validate_params(LocalLoggerConfig, params)
         self._lines = LinePrinter("local_logger.print_closed")
-        self._runs: dict[str, _Run] = {}
         self._pages = Backlog("pages of local_logger")
-        self._savepoints = Savepoints()
-        self._position_writer = PositionWriter(self._savepoints)
-        self._ended_runs: dict[str, _Run] = {}
-        """Runs whose experiment has ended since the last mark."""
+        self._runs: OutputRuns[_Run, _RunState] = OutputRuns(position_file_in, lambda state: state.logs_state.tracker)
         self._experiments: set[Path] = set()
         """Folders of the experiments that have started."""
 
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far and that are in memory."""
-        return self._pages.pending + sum(run.logs.waiting for run in self._runs.values())
+        return self._pages.pending + sum(run.logs.waiting for run in self._runs.open.values())
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Note that there is an experiment, whose page is written once it has a run."""
@@ -181,7 +178,7 @@ class LocalLoggerCallback(Callback):
         if every and ((step + 1) % every == 0 or step + 1 == num_steps):
             row = fields(metrics)
             keys = row if self._config.keys is None else [key for key in self._config.keys if key in row]
-            names = [one_line(run.name)] if len(self._runs) > 1 else []
+            names = [one_line(run.name)] if len(self._runs.open) > 1 else []
             shown = redacted_row({key: row[key] for key in keys})
             values = [f"{one_line(key)} {_format_value(value)}" for key, value in shown.items()]
             self._lines.print("  ".join([*names, step_label(step, num_steps), *values]))
@@ -251,6 +248,16 @@ class LocalLoggerCallback(Callback):
         if self._config.print_every:
             self._lines.print(alert_line(level, row["title"], row["text"]), level=level)
 
+    def on_system_metrics(self, ctx: LogContext, values: dict[str, float], step: int | None) -> None:
+        """Log a sample of the machine; it may come before the run's start or after its end."""
+        key = ranked_key(run_id(ctx), rank_of_event(self.event))
+        is_open, run = key in self._runs.open, self._run(ctx)
+        head = {"time": self.event.time, "step": step}
+        run.logs.add_sample(self.event, head | _prefix_taken(values, "values", head))
+        if not is_open:
+            run.logs.flush()
+            self._remove_run(key)
+
     def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
         """Log the epoch's metrics."""
         logs = self._run(state).logs
@@ -291,7 +298,7 @@ class LocalLoggerCallback(Callback):
         """Write the conclusion into every run's folder, and the experiment's page; then forget its runs."""
         root = experiment_folder(ctx)
         self._experiments.discard(root)
-        own_runs = [self._remove_run(each) for each in list(self._runs) if is_run_of(each, ctx)]
+        own_runs = [self._remove_run(each) for each in list(self._runs.open) if is_run_of(each, ctx)]
         for run in own_runs:
             with suppress(OSError):
                 run.logs.acquire_folder()
@@ -315,14 +322,13 @@ class LocalLoggerCallback(Callback):
         Raises:
             OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
         """
-        for run in self._runs.values():
+        for run in self._runs.open.values():
             run.logs.flush()
             run.logs.release()
         self._pages.flush()
         self._lines.flush()
+        self._runs.check_written(self)
         if not has_courier(self):
-            for run in [*self._ended_runs.values(), *self._runs.values()]:
-                run.logs.check_written()
             self._pages.check_written()
 
     def mark(self) -> Any:
@@ -332,18 +338,12 @@ class LocalLoggerCallback(Callback):
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         self._pages.drain()
-        written = [*self._ended_runs.values(), *self._runs.values()]
-        for run in written:
-            run.logs.settle()
-        files = self._position_writer.take(
-            (run.logs.output, msgspec.json.encode(_RunState(run.logs.state, run.encode_result())), run.logs.paths())
-            for run in written
-        )
-        self._ended_runs = {}
+        files, states, positions = self._runs.take_mark(msgspec.json.encode)
         marks: dict[str, _RunMark] = {}
-        for key, run in self._runs.items():
-            logs, result = run.logs, run.encode_result()
-            marks[key] = _RunMark(str(logs.folder), logs.state, result, logs.logs.name, logs.output.position)
+        for key, run in self._runs.open.items():
+            logs, state = run.logs, states[key]
+            folder, name = str(logs.folder), logs.logs.name
+            marks[key] = _RunMark(folder, state.logs_state, state.encoded_result, name, positions[key])
         return msgspec.to_builtins(_LoggerMark(files, marks))
 
     def rewind(self, mark: Any) -> None:
@@ -353,44 +353,41 @@ class LocalLoggerCallback(Callback):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _LoggerMark)
-        runs = [(each.logs_state.tracker, each.position) for each in saved.runs.values()]
-        self._position_writer.rewind(self, saved.files, runs, position_file_in)
+        states = {key: _RunState(each.logs_state, each.encoded_result) for key, each in saved.runs.items()}
+        self._runs.rewind(self, saved.files, states, {key: each.position for key, each in saved.runs.items()})
         for key, run_mark in saved.runs.items():
-            if run_mark.logs_state.tracker.has_started and not run_mark.position.handled:
-                run_mark.position.since = NEXT_STREAM
-            output = TrackedOutput(self._savepoints, run_mark.position)
-            logs = RunLogs(Path(run_mark.folder, run_mark.logs_name), self._savepoints, run_mark.logs_state, output)
-            run = self._runs[key] = _Run(logs)
-            run.restore_result(run_mark.encoded_result)
+            folder, (state, position) = Path(run_mark.folder, run_mark.logs_name), self._runs.rewound[key]
+            run = self._runs.add(key, self._new_run(folder, state.logs_state, position))
+            run.restore_result(state.encoded_result)
 
     def _remove_run(self, key: str) -> "_Run":
         """Remove and return the run; if its rows are being matched with its files, that state is retained."""
-        run = self._ended_runs[key] = self._runs.pop(key)
+        run = self._runs.ended[key] = self._runs.open.pop(key)
         if run.logs.state.tracker.is_matching:
-            continued = self._runs[key] = _Run(
-                RunLogs(run.logs.logs, self._savepoints, run.logs.state, run.logs.output)
-            )
+            logs = RunLogs(run.logs.logs, self._runs.savepoints, run.logs.state, run.output)
+            continued = self._runs.open[key] = _Run(logs)
             continued.has_config = run.has_config
         return run
+
+    def _new_run(self, logs: Path, state: RunLogsState, position: Position | None) -> "_Run":
+        savepoints = self._runs.savepoints
+        return _Run(RunLogs(logs, savepoints, state, TrackedOutput(savepoints, position)))
 
     def _run(self, handle: object) -> "_Run":
         rank = rank_of_event(self.event)
         key = ranked_key(run_id(handle), rank)
-        run = self._runs.get(key)
+        run = self._runs.open.get(key)
         if run is None:
-            may_repeat = not self._position_writer.has_mark and has_courier(self)  # its cursor may be lost
-            logs_state, position = RunLogsState(tracker=StepTracker(position_unknown=may_repeat)), Position()
-            if key in self._ended_runs:
-                previous_logs = self._ended_runs.pop(key).logs
-                logs_state, position = previous_logs.state, previous_logs.output.position
-            output = TrackedOutput(self._savepoints, position)
-            logs = RunLogs(ranked_folder(run_folder(handle), rank) / _LOGS, self._savepoints, logs_state, output)
-            run = self._runs[key] = _Run(logs)
+            state, position = self._runs.known_state(key)
+            tracker = StepTracker(position_unknown=self._runs.may_repeat(self))
+            logs_state = RunLogsState(tracker=tracker) if state is None else state.logs_state
+            logs = ranked_folder(run_folder(handle), rank) / _LOGS
+            run = self._runs.add(key, self._new_run(logs, logs_state, position))
         run.logs.output.behind_courier = has_courier(self)
         if run.logs.candidates is None:
             folder, fix = run.logs.folder / _LOGS, "give each experiment a folder of its own"
             run.logs.candidates = OutputCandidates(
-                self, owner_of(handle), [folder], self._savepoints, fix, is_folder=True
+                self, owner_of(handle), [folder], self._runs.savepoints, fix, is_folder=True
             )
         encoded = run.logs.load_state()
         if encoded is not None:
@@ -410,7 +407,7 @@ class LocalLoggerCallback(Callback):
         root = experiment_folder(ctx)
         if root not in self._experiments:
             return
-        runs = [run for key, run in self._runs.items() if is_run_of(key, ctx)]
+        runs = [run for key, run in self._runs.open.items() if is_run_of(key, ctx)]
         number = max(run.logs.logs.name for run in runs).removeprefix(_LOGS)
         arms = [(run.logs.folder, run.arm or run.as_open_arm()) for run in runs]
         result = {"name": field(field(ctx, "config"), "name"), "status": "running", "arms": [arm for _, arm in arms]}
@@ -433,6 +430,23 @@ class _Run:
         self.arm: ArmResult | None = None
         self.context: object = None
         """The context of its RunStart; None if it had none here."""
+
+    @property
+    def output(self) -> TrackedOutput:
+        return self.logs.output
+
+    @property
+    def state(self) -> _RunState:
+        return _RunState(self.logs.state, self.encode_result())
+
+    def files(self) -> list[Path]:
+        return self.logs.paths()
+
+    def settle(self) -> None:
+        self.logs.settle()
+
+    def check_written(self) -> None:
+        self.logs.check_written()
 
     def as_open_arm(self) -> dict[str, Any]:
         """Return what the page of the experiment shows of a run that has not ended."""

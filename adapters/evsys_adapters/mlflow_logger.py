@@ -470,7 +470,7 @@ class MlflowSink(Sink):
         done, _ = await asyncio.wait({running}, timeout=self.config.timeout_seconds)
         if not done:
             raise RetryLaterError(f"{self._client.host} has not answered for {self.config.timeout_seconds:g} s")
-        running.exception()  # so that asyncio does not log it if nobody asks
+        running.exception()  # read, so that asyncio does not log it
 
 
 def _event_fields(event: Any) -> Any:

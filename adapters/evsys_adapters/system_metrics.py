@@ -9,7 +9,8 @@
 
 A thread of its own samples and writes: it takes no token of the bus, and hooks do nothing but start and end it. The
 journal has the samples in a stream ``s<rank>-…``, apart from the training's. Adapters get them as the event
-`SystemMetrics`, by ``on_system_metrics(ctx, values, step)`` or in ``write``; its time and step say when it was.
+`SystemMetrics`, by ``on_system_metrics(ctx, values, step)`` or in ``write``, with the time and the step of the
+sample.
 """
 
 import contextlib

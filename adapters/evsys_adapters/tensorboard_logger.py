@@ -168,7 +168,7 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
     def add_text(self, step: int | None, tag: str, text: str) -> None:
         """Log a text; one without a step is logged at the last step."""
         with self.lock:
-            at_step = self.notes.last_step if step is None else step
+            at_step = self.state.last_step if step is None else step
             self._events.event_time = self.event_time
             self._add(self._events.text(at_step or 0, tag, text))
 
@@ -182,30 +182,30 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
         if changed:
             values = values_of(changed)
             self.set_hparams(values)
-            self.notes.config_updates |= values
-            self.add_text(None, "config update", _as_code(self.notes.config_updates))
+            self.state.config_updates |= values
+            self.add_text(None, "config update", _as_code(self.state.config_updates))
 
     def set_hparams(self, config: Mapping[str, Any]) -> None:
         """Add hyperparameters, which are written before the first training row."""
-        if not self.notes.has_hparams:
-            known = {**self.notes.hparams, **dict(_flat(config))}
-            self.notes.hparams = dict(itertools.islice(known.items(), _MAX_HPARAMS))
+        if not self.state.has_hparams:
+            known = {**self.state.hparams, **dict(_flat(config))}
+            self.state.hparams = dict(itertools.islice(known.items(), _MAX_HPARAMS))
 
     def end(self, *, failed: bool) -> None:
         """Log the end of the run, and which metrics the table of hyperparameters shows."""
         with self.lock:
             self._write_hparams()
-            if self.notes.hparams:
-                step = self.notes.last_step or 0
+            if self.state.hparams:
+                step = self.state.last_step or 0
                 self._events.event_time = self.event_time
-                self._add(self._events.experiment(step, self.notes.hparams, self.notes.metric_tags))
+                self._add(self._events.experiment(step, self.state.hparams, self.state.metric_tags))
                 self._add(self._events.session_end(step, failed=failed))
 
     def _write_hparams(self) -> None:
-        if self.notes.hparams and not self.notes.has_hparams:
+        if self.state.hparams and not self.state.has_hparams:
             self._events.event_time = self.event_time
-            self._add(self._events.session_start(self.notes.last_step or 0, self.notes.hparams))
-            self.notes.has_hparams = True
+            self._add(self._events.session_start(self.state.last_step or 0, self.state.hparams))
+            self.state.has_hparams = True
 
     def close(self, *, forget: bool = False) -> None:
         """See `LoggedRun.close`; sorts the file whenever that was done last."""
@@ -216,20 +216,20 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
     def reorder_when_due(self) -> float | None:
         """Sort the file if that is due; returns the seconds until it is, None if the file is in order."""
         with self.lock:
-            if not self.notes.needs_reorder:
+            if not self.state.needs_reorder:
                 return None
             wait = self._reorder_due - time.monotonic()
             if wait <= 0:
                 self._reorder()
                 wait = self._reorder_due - time.monotonic()
-            return max(wait, 0.0) if self.notes.needs_reorder else None
+            return max(wait, 0.0) if self.state.needs_reorder else None
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
         numbers, texts = split_numbers(values)
         tags = _tags(stream, values)
         if stream == TRAIN:
             self._write_hparams()
-            self.notes.metric_tags = [tags[key] for key in itertools.islice(numbers, _MAX_HPARAMS)]
+            self.state.metric_tags = [tags[key] for key in itertools.islice(numbers, _MAX_HPARAMS)]
         if numbers:
             self._events.event_time = self.event_time
             self._add(self._events.scalars(step, {tags[key]: value for key, value in numbers.items()}))
@@ -239,7 +239,7 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
             self._schedule_reorder()
 
     def _add(self, payload: bytes) -> None:
-        if not (self.notes.tracker.position_unknown and self._is_repeated(stable_key(payload))):
+        if not (self.state.tracker.position_unknown and self._is_repeated(stable_key(payload))):
             self.log.add(payload)
 
     def _existing_rows(self) -> tuple[set[int], float]:
@@ -272,9 +272,9 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
 
     def _write_final_scores(self, head: str, values: Mapping[str, Any]) -> None:
         """Log them at the last step, never at 0."""
-        if self.notes.last_step is None:
+        if self.state.last_step is None:
             values = {key: text_of(value) for key, value in values.items()}
-        self._write(head, self.notes.last_step or 0, values)
+        self._write(head, self.state.last_step or 0, values)
 
     def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
         self.add_text(step, f"{head}/{kind}", markdown(content) if isinstance(content, Table) else _as_code(content))
@@ -283,7 +283,7 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
         """Log a content; what TensorBoard does not show, as one line of text with the file's path."""
         self._events.event_time = self.event_time
         payload = self._encode_content(step, content)
-        if self.notes.tracker.pending_start is not None:
+        if self.state.tracker.pending_start is not None:
             self._resolve_pending_start(is_logged=payload in self.log.records())
         self._add(payload)
         if self.reorder_when_due() is not None:
@@ -313,7 +313,7 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
         self._events.event_time = self.event_time
         for _ in range(2):  # the slower loader takes the first of a run for its start, which voids nothing
             self.log.add(self._events.restart(first_step))
-        self.notes.has_hparams = False
+        self.state.has_hparams = False
 
     def _reorder(self) -> None:
         """Sort the file; if the disk refuses that, it is tried again later."""
@@ -321,7 +321,7 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
         try:
             self.log.move(self._files.next_name(), self._events.sorted_frames)
             self._files.clean()
-            self.notes.needs_reorder = False
+            self.state.needs_reorder = False
         except OSError as error:
             self._faults.warn("rows.out_of_order", "refused", file=str(self.log.path), why=str(error))
         now = time.monotonic()
@@ -439,7 +439,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
         with self._lock:
             self._reorder_scheduled = False
             super().close()
-            for run in self._runs.values():
+            for run in self._runs.open.values():
                 run.lease = None
 
     def mark(self) -> Any:
@@ -452,8 +452,8 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
         """See `RunLogger.rewind`; a file that was sorted after the mark is replaced by its predecessor."""
         with self._lock:
             super().rewind(mark)
-            for folder in {Path(file).parent for file in self._savepoints.files}:
-                EventFiles(folder, self._savepoints)
+            for folder in {Path(file).parent for file in self._runs.savepoints.files}:
+                EventFiles(folder, self._runs.savepoints)
 
     def _run(self, handle: LoopState | LogContext) -> TensorBoardRun:
         with self._lock:
@@ -468,9 +468,9 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
             folder, run.lease = self._candidates(handle).acquire_if_followed()
             previous = self._known_in(folder, run.output)
             if previous is not None or folder != run.log.path.parent:
-                again = self._opened(run.name, folder, run.lease, previous or run.notes, run.output)
+                again = self._opened(run.name, folder, run.lease, previous or run.state, run.output)
                 again.result, again.arm, again.event_time = run.result, run.arm, run.event_time
-                run = self._runs[self._key(handle)] = again
+                run = self._runs.open[self._key(handle)] = again
         except OSError as error:
             run.lease = None
             raise RetryLaterError(f"the folder of {run.name} cannot be claimed: {error}") from error
@@ -487,17 +487,17 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
         return self._known(output, folder, [folder / name for name in EventFiles.names_in(folder)])
 
     def _opened(
-        self, name: str, folder: Path, claim: OutputLease, notes: TensorBoardRunState | None, output: TrackedOutput
+        self, name: str, folder: Path, claim: OutputLease, state: TensorBoardRunState | None, output: TrackedOutput
     ) -> TensorBoardRun:
-        files, events = EventFiles(folder, self._savepoints), Events(self._clock)
-        log = RecordLog(files.newest, self._savepoints, events, self._config.flush_secs)
-        notes = notes or TensorBoardRunState(largest_step=UNKNOWN_STEP if any(log.records()) else -1)
+        files, events = EventFiles(folder, self._runs.savepoints), Events(self._clock)
+        log = RecordLog(files.newest, self._runs.savepoints, events, self._config.flush_secs)
+        state = state or TensorBoardRunState(largest_step=UNKNOWN_STEP if any(log.records()) else -1)
         run = TensorBoardRun(
             name,
             files,
             log,
             events,
-            notes,
+            state,
             output,
             self._lock,
             self._schedule_reorder,
@@ -518,9 +518,8 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
 
     def _candidates(self, handle: LoopState | LogContext) -> OutputCandidates:
         folder = ranked_folder(self._folder(handle), self._rank())
-        return OutputCandidates(
-            self, owner_of(handle), [folder], self._savepoints, "give each run a log_dir of its own", is_folder=True
-        )
+        fix = "give each run a log_dir of its own"
+        return OutputCandidates(self, owner_of(handle), [folder], self._runs.savepoints, fix, is_folder=True)
 
     def _schedule_reorder(self) -> None:
         """Have files with late rows sorted once that is due, even if no further row comes."""
@@ -545,16 +544,16 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, TensorBoardRunState]):
 
     def _reorder_when_due(self) -> float | None:
         """Sort files if that is due; returns the seconds until the next one is, None if all are in order."""
-        waits = [wait for run in self._runs.values() if (wait := run.reorder_when_due()) is not None]
+        waits = [wait for run in self._runs.open.values() if (wait := run.reorder_when_due()) is not None]
         return min(waits, default=None)
 
     def _describe_run(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
         """Log configuration and hypothesis, once."""
         ctx = run_context(handle)
         config = config_of(ctx)
-        if run.notes.described or not config:
+        if run.state.described or not config:
             return
-        run.notes.described = True
+        run.state.described = True
         hypothesis = hypothesis_of(field(ctx, "config"))
         if hypothesis:
             run.add_text(None, "hypothesis", hypothesis)

@@ -155,7 +155,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         def update() -> None:
             run.add_config(config, ctx)
             if not config:
-                run.notes.described = False
+                run.state.described = False
                 self._describe_run(run, ctx)
 
         self._once(run, update)
@@ -168,7 +168,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
 
         def ends() -> None:
             run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
-            run.notes.failed = bool(error)
+            run.state.failed = bool(error)
             run.finish()
 
         self._once(run, ends)
@@ -181,23 +181,24 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
             OSError: See `RunLogger.close`.
         """
         self._complete_files()
-        self._check_written()
+        self._runs.check_written(self)
 
     def _complete_files(self) -> None:
-        for run in self._runs.values():
+        for run in self._runs.open.values():
             run.finish()
             run.close()
-        for key, (state, position) in list(self._rewound.items()):
+        for key, (state, position) in list(self._runs.rewound.items()):
             # Written after the mark, when an earlier courier closed.
             if state.path and (
                 state.deferred_evals or state.needs_reorder or (state.failed is not None and not state.ended)
             ):
                 at = state.deferred_evals[2] if state.deferred_evals else time.time()
-                run = self._run_in(Path(state.path).parent.parent, state, TrackedOutput(self._savepoints, position), at)
+                output = TrackedOutput(self._runs.savepoints, position)
+                run = self._run_in(Path(state.path).parent.parent, state, output, at)
                 run.finish()
                 run.close()
-                self._left[key] = run
-                self._rewound[key] = (run.notes, run.output.position)
+                self._runs.ended[key] = run
+                self._runs.rewound[key] = (run.state, run.output.position)
 
     async def settle_owed(self, deadline: float) -> None:
         """Upload what the server does not have, including earlier runs that are in the mark."""
@@ -259,7 +260,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         super()._train_ends(run, state)
         run.close()
         run.log_deferred_step()
-        run.notes.failed = field(state, "error") is not None
+        run.state.failed = field(state, "error") is not None
         if field(run_context(state), "run_key") is None:
             run.finish()
 
@@ -272,7 +273,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
     def _run_in(self, folder: Path, state: WandbRunState | None, output: TrackedOutput, event_time: float) -> WandbRun:
         return WandbRun(
             folder,
-            self._savepoints,
+            self._runs.savepoints,
             self._records,
             self._config.flush_secs,
             state,

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from evsys_adapters.common.hook_arguments import field, run_id, run_key, run_name, step_of
-from evsys_adapters.common.logged_values import text_of, values_of
+from evsys_adapters.common.logged_values import cut_text, text_of, values_of
 from evsys_adapters.common.params import require_package, validate_params
 from evsys_adapters.evsys_api.gateway import retry_after_seconds
 from evsys_bus.adapter import Ranks
@@ -327,12 +327,13 @@ def _number(value: object) -> str:
 def _slack(message: Message) -> Message:
     """Return Slack's form: a text for notifications, and blocks."""
     title, details = _title(message), "\n".join(_details(message))
-    blocks: list[Message] = [{"type": "header", "text": {"type": "plain_text", "text": _cut(title, _MAX_SLACK_TITLE)}}]
+    header = {"type": "plain_text", "text": cut_text(title, _MAX_SLACK_TITLE)}
+    blocks: list[Message] = [{"type": "header", "text": header}]
     if details:
-        text = _cut(_escaped(details), _MAX_SLACK_TEXT)
+        text = cut_text(_escaped(details), _MAX_SLACK_TEXT)
         blocks.append({"type": "section", "text": {"type": "mrkdwn", "text": text}})
     blocks.append({"type": "context", "elements": [{"type": "mrkdwn", "text": _escaped(message["time"])}]})
-    return {"text": _cut(_escaped(title), _MAX_SLACK_TEXT), "blocks": blocks}
+    return {"text": cut_text(_escaped(title), _MAX_SLACK_TEXT), "blocks": blocks}
 
 
 def _escaped(text: str) -> str:
@@ -342,12 +343,8 @@ def _escaped(text: str) -> str:
 
 def _discord(message: Message) -> Message:
     """Return Discord's form, whose mentions notify no member."""
-    content = _cut("\n".join([f"**{_title(message)}**", *_details(message)]), _MAX_DISCORD_TEXT)
+    content = cut_text("\n".join([f"**{_title(message)}**", *_details(message)]), _MAX_DISCORD_TEXT)
     return {"content": content, "allowed_mentions": {"parse": []}}
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 _FORMATS: Final = {"json": dict, "slack": _slack, "discord": _discord}

@@ -5,11 +5,15 @@ it with a checksum, and write it to a file. It encodes Structs made of the event
 copies, checks or limits, so a value that msgspec refuses, or a dict that another thread changes meanwhile, would make
 it raise.
 
+A `Run` records each call of ``log`` at once and the whole row once it is complete; its calls are compared with a
+publish of the row alone.
+
 At 1,000 steps a second, with cold caches after each millisecond of sleep, the bus is compared with that baseline at the
 same pace and with other ways to write eight metrics to disk. Each runs in its own process, in interleaved rounds, and
 only the calls are timed.
 """
 
+import itertools
 import os
 import tempfile
 import time
@@ -39,6 +43,7 @@ from evsys_bus.bench.loggers import (
     loggers_in,
 )
 from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Samples, Table, Target, TimedLoop, measure, rotate
+from evsys_bus.bus import EventBus
 from evsys_bus.events import StepEnd
 from evsys_bus.journal import frame
 
@@ -46,6 +51,8 @@ BASELINE: Final = "bare loop, encode, CRC, os.write"
 PUBLISH_RECORDED: Final = "EventBus.publish, journal"
 PUBLISH_UNRECORDED: Final = "EventBus.publish, no journal"
 MAX_RATIO_TO_BASELINE: Final = 1.35
+MAX_RATIO_TO_PUBLISH: Final = 2.0
+"""Of a call of `Run.log`."""
 RATE: Final = 1_000
 CALLS: Final = 500
 _MAX_ROUNDS: Final = 25
@@ -105,6 +112,54 @@ _BACK_TO_BACK: Final = Case(
 )
 
 
+@contextmanager
+def _run_log(parts: int = 1, *, commit: bool = False, steps: bool = False) -> Generator[TimedLoop, None, None]:
+    """Calls of `Run.log`, this many for each step; with ``steps``, one in each round of the loop of the run."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        EventBus([NoOp() for _ in range(K)], journal=Path(directory, "journal")) as bus,
+        bus.run(Path(directory, "run"), environment=False, output=False) as run,
+    ):
+        calls, loop = itertools.count(), run.steps()
+
+        def log_calls(operations: int) -> int:
+            log, metrics = run.log, METRICS
+            started = perf_counter_ns()
+            for call in itertools.islice(calls, operations):
+                log(metrics, call // parts, commit=commit)
+            return perf_counter_ns() - started
+
+        def log_steps(operations: int) -> int:
+            log, metrics = run.log, METRICS
+            started = perf_counter_ns()
+            for _ in itertools.islice(loop, operations):
+                log(metrics)
+            return perf_counter_ns() - started
+
+        timed = log_steps if steps else log_calls
+        timed(100)  # the first rows are encoded in general, and a callback is added with the first part
+        yield timed
+
+
+_RUN_LOGS: Final = {
+    "run.log, once a step": partial(_run_log),
+    "run.log, five times a step, each": partial(_run_log, 5),
+    "run.log, commit=True": partial(_run_log, commit=True),
+}
+_RUN_LOG: Final = Case(
+    title=f"a call of run.log, {K} callbacks and the disk",
+    candidates={
+        PUBLISH_RECORDED: Candidate(partial(publish, K, recorded=True), ours=True),
+        **{name: Candidate(opened, ours=True) for name, opened in _RUN_LOGS.items()},
+        "for step in run.steps(): run.log": Candidate(partial(_run_log, steps=True), ours=True),
+    },
+    baseline=PUBLISH_RECORDED,
+    targets=tuple(
+        Target(candidate=name, reference=PUBLISH_RECORDED, at_most=MAX_RATIO_TO_PUBLISH) for name in _RUN_LOGS
+    ),
+)
+
+
 @dataclass(frozen=True)
 class JournalSuite:
     """The suite ``journal``."""
@@ -120,6 +175,7 @@ class JournalSuite:
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure back to back, then at 1,000 steps a second."""
         yield measure(_BACK_TO_BACK, budget)
+        yield measure(_RUN_LOG, budget)
         yield self._measure_paced(min(budget.process_rounds, _MAX_ROUNDS))
 
     def _measure_paced(self, rounds: int) -> Table:

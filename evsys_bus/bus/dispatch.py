@@ -123,7 +123,7 @@ def dispatch(event, at=None):
     global now
     {prepare_in_dispatch}
     {enter_in_dispatch}
-    before(event)
+    {before}
     for _ in ticks:
         {calls_in_dispatch}
         break
@@ -308,6 +308,7 @@ def _generate_source(
         prepare=_indent(prepare, 12),
         prepare_in_dispatch=_indent(prepare, 4),
         enter=enter_code.format(""),
+        before="before(event)" if calls else "pass",
         enter_in_dispatch=enter_code.format("at or "),
         leave=leave_code if recorded else "pass",
         calls=_indent(calls, 16),

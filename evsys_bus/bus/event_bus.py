@@ -18,8 +18,10 @@ from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_
 from evsys_bus.bus.handle import add_open_bus, find_bus, remove_open_bus
 from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import (
+    RUN_BOUNDARIES,
     BusLifecycle,
     CallbackCloser,
+    OpenRuns,
     check_threads_are_real,
     close_callback,
     has_cleanup,
@@ -35,7 +37,7 @@ from evsys_bus.codec.redact import Redaction, set_redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError
-from evsys_bus.events import Event
+from evsys_bus.events import Event, Metrics, StepEnd
 from evsys_bus.journal import JournalWriter
 from evsys_bus.location import local_path
 from evsys_bus.sink import Sink
@@ -133,6 +135,7 @@ class EventBus:
             "_journal",
             "_lifecycle",
             "_loop_thread",
+            "_open_runs",
             "_publisher",
             "_rank",
             "_recorder",
@@ -181,12 +184,13 @@ class EventBus:
             self._faults,
             patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
-            before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
+            before_event=self._before_event,
         )
         self._task_manager = TaskManager(
             self._get_loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
         )
         self._bare_tasks = HookTaskAdopter(self._publisher.is_publishing, self._owner_at, self._task_manager.adopt)
+        self._open_runs = OpenRuns()
         self._closes_callbacks = False  # set once no hook is called any more
         self._watchdog = Watchdog(
             self._publisher.current_hook,
@@ -217,6 +221,17 @@ class EventBus:
             PublishLoopError: Hooks publish inside hooks without end.
         """
         self._compiled_publish(event)
+
+    def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
+        """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
+        next_parts = self._publisher.next_parts if type(self).publish is EventBus.publish else {}
+        next_parts[id(row)] = next_part
+        try:
+            self.publish(row)
+        finally:
+            is_recorded = next_parts.pop(id(row), None) is None
+        if not is_recorded:
+            self.publish(next_part)
 
     def record(self, event: Event) -> None:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
@@ -332,7 +347,7 @@ class EventBus:
         running, waiting = self._task_manager.count_running_and_waiting()
         return Health(
             state=self._publisher.state,
-            published=self._publisher.dispatches.published_counts(),
+            published=self._publisher.published_counts(),
             hooks=self._publisher.dispatches.hook_health(),
             tasks=tasks,
             tasks_by_owner=by_owner,
@@ -446,6 +461,9 @@ class EventBus:
         """End the runs that the program has left open, by the error with which it leaves the bus."""
         for each in reversed(self.runs):
             self._run_step("runs", None, partial(each.end_implied, error))
+        if self._publisher.state == "open":
+            for event in self._open_runs.take_ends(error):
+                self._run_step("runs", None, partial(self.publish, event))
 
     def _complete_exit(self) -> None:
         if self._shutdown is not None and self._shutdown.done():
@@ -504,7 +522,9 @@ class EventBus:
             attach(callback, self)
         self._publisher.open(self._recorder)
         if self._recorder is not None:
-            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
+            self._delivery_manager.start(
+                self._recorder.last_sequences, self._task_manager, self._publisher.dispatches.hook_health
+            )
         self._watchdog.start()
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:
@@ -594,6 +614,11 @@ class EventBus:
         self._compiled_publish = publish
         if type(self).publish is EventBus.publish:  # not overridden: spare each event the frame of the method
             self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # a function where a method was
+
+    def _before_event(self, event: Event) -> None:
+        self._bare_tasks.adopt_on_running_loop()  # this thread may run a new event loop
+        if type(event) in RUN_BOUNDARIES:
+            self._open_runs.note(event)
 
     def _get_loop(self) -> asyncio.AbstractEventLoop:
         return self._lifecycle.loop or self._loop_thread.loop()

@@ -12,15 +12,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import FrameType
 from typing import Any, Final
 
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback, callback_name, check_return_value
+from evsys_bus.codec import error_text
+from evsys_bus.codec.wire_types import attribute_reader, run_and_root, run_key_text
+from evsys_bus.context import ArmResult, LoopArtifacts, RunResult, Status
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import SettingError
+from evsys_bus.errors import SettingError, TrainingError
+from evsys_bus.events import Event, RunEnd, RunStart, TrainEnd, TrainStart
 from evsys_bus.tasks import Deadline, Gate, run_on_loop
+
+_SIGNAL_EXIT_CODES: Final = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class SigtermHandler:
@@ -75,6 +81,9 @@ class _ProcessState:
         self.previous_handler: Any = None  # a handler, or SIG_DFL or SIG_IGN
         self.received = False
         self.pid = os.getpid()
+        self.exit_code = 0
+        """What the program gave `sys.exit` last, since it started a run."""
+        self.original_exit: Callable[[Any], Any] | None = None
 
 
 _process_state = _ProcessState()
@@ -97,6 +106,25 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         except RuntimeError:  # its loop was just closed
             _process_state.received = False  # possibly nothing was stopped: handle the next signal
             raise
+
+
+def exit_code() -> int:
+    """Return the code that the program gave `sys.exit` since it started a run; 0 if it did not call that."""
+    return _process_state.exit_code
+
+
+def _observe_exit_code() -> None:
+    """Note the code of `sys.exit` from here on: functions that run at exit have no other way to get it."""
+    _process_state.exit_code = 0  # a call before this was caught: the program has continued
+    if _process_state.original_exit is None:
+        _process_state.original_exit, sys.exit = sys.exit, _exit
+
+
+def _exit(status: Any = None, /) -> Any:
+    if threading.current_thread() is threading.main_thread():
+        _process_state.exit_code = status if isinstance(status, int) else int(status is not None)
+    assert _process_state.original_exit is not None
+    return _process_state.original_exit(status)
 
 
 def _restore_previous_handler() -> None:
@@ -198,11 +226,14 @@ class BusLifecycle:
 
     @staticmethod
     def _cause_of_exit() -> BaseException | None:
-        """Return why the program ends, for runs that are open still: SIGTERM, or an exception that nothing caught."""
-        if _process_state.received:
-            return SystemExit(128 + signal.SIGTERM)
+        """Return why the program ends, for runs that are open still: a signal, an exception, or an exit code."""
+        code = 128 + signal.SIGTERM if _process_state.received else _process_state.exit_code
+        if code in _SIGNAL_EXIT_CODES:
+            return SystemExit(code)
         cause = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        return cause if isinstance(cause, BaseException) else None
+        if isinstance(cause, BaseException):
+            return cause
+        return TrainingError(f"the program ended with exit code {code}", fix="see its output") if code else None
 
     def _on_sigterm(self) -> None:
         """Called in the signal handler."""
@@ -212,6 +243,58 @@ class BusLifecycle:
             self._exiting_thread is None
         ):  # also if that task or its loop has ended: a cancellation would have no effect
             sys.exit(128 + signal.SIGTERM)
+
+
+def status_of(error: BaseException | None) -> Status:
+    """Return how a run ended that the program left with this error, or without one."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "completed"
+    if isinstance(error, SystemExit):
+        return "cancelled" if error.code in _SIGNAL_EXIT_CODES else "failed"
+    is_request = isinstance(error, KeyboardInterrupt | GeneratorExit | asyncio.CancelledError)
+    return "cancelled" if is_request else "failed"
+
+
+class OpenRuns:
+    """The runs that a program has started by publishing `RunStart`, and has not ended."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[str, Any] = {}
+        self._states: dict[str | None, Any] = {}
+        """Those that train."""
+
+    def note(self, event: Event) -> None:
+        """Note that a run or its training starts or ends."""
+        if isinstance(event, RunStart):
+            key = _run_key(event.ctx)
+            _observe_exit_code()
+            if key:  # without one it is not different from the experiment
+                self._contexts[key] = event.ctx
+        elif isinstance(event, TrainStart):
+            self._states[run_and_root(event.state)[0]] = event.state
+        elif isinstance(event, TrainEnd):
+            self._states.pop(run_and_root(event.state)[0], None)
+        elif isinstance(event, RunEnd):
+            self._contexts.pop(_run_key(event.ctx) or "", None)
+
+    def take_ends(self, error: BaseException | None) -> Generator[Event]:
+        """Forget the runs and yield their ends, of the newest run first, by the error with which the bus is left."""
+        status, text = status_of(error), None if error is None else error_text(error)
+        while self._contexts:
+            key, ctx = self._contexts.popitem()
+            result = RunResult(status=status, error=text, implied=True)
+            state = self._states.pop(key, None)
+            if state is not None:
+                yield TrainEnd(state, LoopArtifacts())
+            yield RunEnd(ctx, result, ArmResult(key, status=status, error=text, run_result=result))
+
+
+RUN_BOUNDARIES: Final = frozenset({RunStart, TrainStart, TrainEnd, RunEnd})
+"""The events that `OpenRuns` notes."""
+
+
+def _run_key(ctx: object) -> str | None:
+    return run_key_text(attribute_reader(ctx)("run_key"))
 
 
 _POLL_SECONDS: Final = 0.1

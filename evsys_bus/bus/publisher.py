@@ -20,11 +20,11 @@ from evsys_bus.bus.dispatch import FILENAME_PREFIX, DispatchFunction, DispatchRe
 from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder
 from evsys_bus.bus.token_recovery import StackReader, TokenRecovery
 from evsys_bus.bus.watchdog import BlockedHook, HookCall
-from evsys_bus.callback import check_hooks, isolate
+from evsys_bus.callback import check_hooks, find_hook, isolate
 from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, PublishLoopError
-from evsys_bus.events import Event, StepEnd, with_int_step
+from evsys_bus.events import Event, Metrics, StepEnd, event_tag, with_int_step
 from evsys_bus.tasks import Deadline
 from evsys_bus.weak_items import WeakItems
 
@@ -106,6 +106,8 @@ class Publisher:
         self._token_recovery = TokenRecovery(
             self._tokens, self._stack_reader.find_holders, lambda: sum(self.dispatches.published_counts().values())
         )
+        self.next_parts: dict[int, Metrics] = {}
+        """That of the recorder while no callback has a hook for parts, else one that nothing takes parts from."""
         self._recompile()
         _publishers.add(self)
 
@@ -429,6 +431,8 @@ class Publisher:
         )
         if not is_open:
             self.dispatches.retire_all()
+        has_part_hooks = any(find_hook(each, Metrics) is not None for each in self.callbacks)
+        self.next_parts = {} if self.recorder is None or has_part_hooks else self.recorder.next_parts
         if is_open:  # compile events of the end of a run now: it may end because of a lack of memory
             self.dispatches.dispatch_of.update({each: self._compile_dispatch(each) for each in RECORDED_BEFORE_HOOKS})
         self._set_publish(compiled.publish)
@@ -448,6 +452,14 @@ class Publisher:
         }
 
     # -- the publish in progress --------------------------------------------------------------------------------------
+
+    def published_counts(self) -> dict[str, int]:
+        """Return the exact number of published events by type."""
+        counts = self.dispatches.published_counts()
+        if self.recorder is not None and self.recorder.joined_parts:
+            tag = event_tag(Metrics)
+            counts[tag] = counts.get(tag, 0) + self.recorder.joined_parts
+        return counts
 
     def is_publishing(self) -> bool:
         """Return whether some thread is inside a publish; cheap, and only a hint, since it may end at any moment."""

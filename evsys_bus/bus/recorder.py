@@ -16,6 +16,7 @@ from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.health import JournalHealth
 from evsys_bus.codec import MAX_EVENT_BYTES, RunContextNeeded, encode, event_encoder
 from evsys_bus.codec.redact import Redaction
+from evsys_bus.codec.step_template import LastPart
 from evsys_bus.codec.wire_types import (
     ABSENT,
     absolute_path,
@@ -34,8 +35,10 @@ from evsys_bus.events import (
     ExperimentEnd,
     ExperimentStart,
     GroupStart,
+    Metrics,
     RunEnd,
     RunStart,
+    StepEnd,
     TrainEnd,
     TrainStart,
 )
@@ -82,6 +85,11 @@ class EventRecorder:
         """Runs with a RunStart: run key and directory of the experiment."""
         self._recorded_contexts: set[tuple[str | None, str]] = set()
         """Runs whose context is recorded, likewise."""
+        self.next_parts: Final[dict[int, Metrics]] = {}
+        """By ``id`` of a StepEnd that is being published: the part to be recorded with it, by the same write."""
+        self._last_part: Final = LastPart()
+        self.joined_parts = 0
+        """How many parts were recorded in this way."""
 
     @classmethod
     def open(
@@ -143,10 +151,7 @@ class EventRecorder:
         )
         if event_type in _ESSENTIAL_EVENTS:
             return partial(self._record_with, get_run_key, self._append_essential)
-        encode_event = event_encoder(
-            event_type, self._stream, self._rank, get_run_key, self._redaction, self._is_context_missing
-        )
-        return self._fast_recorder(get_run_key, encode_event)
+        return self._fast_recorder(event_type, get_run_key)
 
     def record(self, event: Event, published: float) -> BaseException | None:
         """Record one event outside its publish; return the journal's error if it was configured to raise.
@@ -187,15 +192,29 @@ class EventRecorder:
             removed_bytes=removed.bytes,
         )
 
-    def _fast_recorder(
-        self, get_run_key: _RunKeyFunction, encode_event: Callable[[Event, int, float], bytes]
-    ) -> Callable[[Event, float], None]:
+    def _fast_recorder(self, event_type: type[Event], get_run_key: _RunKeyFunction) -> Callable[[Event, float], None]:
         """Return the recorder for frequent events. It uses local names only, because attributes are slower."""
-        append, raise_later = self.writer.make_appender(encode_event), self._raise_later
+
+        def make_encoder(event_type: type[Event]) -> Callable[[Event, int, float], bytes]:
+            return event_encoder(
+                *(event_type, self._stream, self._rank, get_run_key),
+                *(self._redaction, self._is_context_missing, self._last_part),
+            )
+
+        encode_event, raise_later = make_encoder(event_type), self._raise_later
+        append = self.writer.make_appender(encode_event)
+        next_parts = self.next_parts if event_type is StepEnd else {}
+        append_pair = self.writer.make_pair_appender(encode_event, make_encoder(Metrics))
 
         def record(event: Event, now: float) -> None:
             try:
-                append(event, now)
+                part = next_parts.get(id(event)) if next_parts else None
+                if part is None:
+                    append(event, now)
+                else:
+                    append_pair(event, part, now)
+                    self.joined_parts += 1
+                    next_parts.pop(id(event), None)
             except UnrecordedError as error:  # only if the journal is configured to raise
                 raise_later(error)
             except MemoryError as error:

@@ -133,7 +133,7 @@ def check_resume(plan: ExperimentPlan) -> None:
         ExceptionGroup: It is another experiment, or runs of it were started with other parameters: `TrainingError`.
     """
     previous = load_previous_experiment(plan.folder)
-    if previous is None:  # the runs start anew, or from checkpoints that were uploaded
+    if previous is None:  # the runs start from the beginning, or from checkpoints that were uploaded
         return
     errors: list[TrainingError] = []
     if previous.name != plan.config.name:

@@ -13,14 +13,13 @@ from typing import Any, Final, cast
 import click
 import msgspec
 
-from evsys_bus.adapter import RunAnnotated
 from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, EvalResult, ManifestRow
+from evsys_bus.delivery.open_runs import decode_annotation
 from evsys_bus.errors import CodecError, JournalVersionError, closest_word
 from evsys_bus.events import (
     Event,
     UnknownEvent,
-    event_tag,
 )
 from evsys_bus.files import DECODE_ERRORS, read_file
 from evsys_bus.journal import JournalReader
@@ -51,7 +50,6 @@ METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
 _NO_METRICS: Final = frozenset({"step", "nonfinite", "replaced"})
 _PAGE_URL_KEY: Final = "wandb_url"
-_ANNOTATION_TAG: Final = event_tag(RunAnnotated).encode()
 
 
 def find_journal(requested: Path | None) -> JournalLocation:
@@ -273,18 +271,10 @@ def read_page_urls(directory: Path, *, inline: bool = True) -> dict[str, str]:
     with suppress(JournalVersionError, OSError):
         for stream in (each for family in families for each in reader.streams(family)):
             for record in reader.read(stream):
-                annotation = _decode_annotation(record.payload) if _ANNOTATION_TAG in record.payload else None
+                annotation = decode_annotation(record.payload)
                 if annotation is not None and isinstance(url := annotation.extras.get(_PAGE_URL_KEY), str):
                     page_urls[annotation.run] = url
     return page_urls
-
-
-def _decode_annotation(payload: bytes) -> RunAnnotated | None:
-    try:
-        event = decode(payload).event
-    except CodecError:
-        return None
-    return event if isinstance(event, RunAnnotated) and isinstance(event.extras, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance] # another version may have written it
 
 
 def read_status(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 On the wire an envelope is one map, the same in msgpack and JSON:
 ``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``. The last
-three are present only if not empty, and the last two only for event classes defined outside the library: they tell
+three are present only if not empty, and the last two only for event classes defined outside the library: they show
 processes without the class which fields are handles, and which ones the hook takes by keyword.
 """
 
@@ -19,7 +19,7 @@ from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, ha
 from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
 from evsys_bus.codec.redact import Redaction, current_redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
-from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
+from evsys_bus.codec.step_template import LastPart, RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
 from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, event_tag, is_shipped
 from evsys_bus.printable import escape_controls
@@ -98,6 +98,7 @@ def event_encoder(
     run_of: Callable[[Event], str | None],
     redaction: Redaction = _DEFAULT_REDACTION,
     needs_context: Callable[[Any], bool] | None = None,
+    last_part: LastPart | None = None,
 ) -> Callable[[Event, int, float], bytes]:
     """Return a function that encodes events of one type in one stream, given the event, its sequence number and time.
 
@@ -112,6 +113,7 @@ def event_encoder(
         redaction: See `encode`.
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
             Called whenever a state has changed since the last step.
+        last_part: Given to the encoders of `StepEnd` and `Metrics` of one stream.
     """
     encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES, log_replacements=True)
     if not issubclass(event_type, StepEnd | Metrics):
@@ -122,7 +124,7 @@ def event_encoder(
         )
     return cast(
         "Callable[[Event, int, float], bytes]",
-        step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction, event_type),
+        step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction, event_type, last_part),
     )
 
 
@@ -293,8 +295,8 @@ _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
 def json_line(row: Mapping[str, Any], redaction: Redaction | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
     """Encode one row as a JSON object, without the newline. Never raises.
 
-    A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
-    a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
+    A value that JSON cannot represent is replaced, for the reason under the key ``replaced``. NaN and infinities become
+    null, and the key ``nonfinite`` names them. Keys of these names that the row already has are not overwritten.
 
     Args:
         row: Text keys and values of any type.

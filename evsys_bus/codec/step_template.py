@@ -239,12 +239,27 @@ _SEVEN_ENTRIES: Final = b"\x87"
 _REPLACED_KEY: Final = b"\xa8replaced"
 
 
+class LastPart:
+    """The last part of a row that was encoded and its metrics as bytes; a row of one part is made of these.
+
+    Shared by the encoders of a stream, which are called one at a time.
+    """
+
+    __slots__ = ("packed", "row")
+
+    def __init__(self) -> None:
+        self.row: dict[str, Any] | None = None
+        """Floats only. None if it is unknown."""
+        self.packed: Final = bytearray()
+
+
 def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a single frame, for speed
     encode_any: EncodeStep,
     max_bytes: int,
     needs_context: Callable[[object], bool] | None = None,
     redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
     event_type: type[StepEnd | Metrics] = StepEnd,
+    last_part: LastPart | None = None,
 ) -> EncodeStep:
     """Return a function that encodes the steps of one stream, or the parts of their rows, one at a time.
 
@@ -254,12 +269,14 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
         redaction: See `evsys_bus.codec.encode`.
         event_type: What is encoded.
+        last_part: Given to the encoders of rows and of parts of one stream.
     """
     templates = _StepTemplates(encode_any, event_type)
     has_batch = event_type is StepEnd
     no_batch = _NO_BATCH if has_batch else _METRICS_KEY
     tag = event_tag(event_type)
-    packed_row = bytearray()
+    last_part = LastPart() if last_part is None else last_part
+    packed_row = bytearray() if has_batch else last_part.packed
     template: _StepTemplate | None = None
     matches: Callable[[Any], bool] = _matches_nothing
     rows_to_skip = 0  # the next rows that are not tried as rows of floats
@@ -290,13 +307,15 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
             if rows_to_skip:
                 rows_to_skip -= 1
             elif type(metrics) is dict and len(metrics) <= MAX_ITEMS:
-                row = {**metrics}
-                try:
-                    total = sum(row.values())
-                except TypeError:
-                    total = None
-                if type(total) is not float or not are_known_keys(row):
-                    row, rows_to_skip = None, _RETRY_EVERY
+                row = last_part.row
+                if row is None or metrics != row or not has_batch:  # 1 may be recorded as 1.0
+                    row = {**metrics}
+                    try:
+                        total = sum(row.values())
+                    except TypeError:
+                        total = None
+                    if type(total) is not float or not are_known_keys(row):
+                        row, rows_to_skip = None, _RETRY_EVERY
             if row is None:
                 row = copy_row(metrics, reasons := {}, "metrics")
                 if type(row) is not dict:
@@ -306,13 +325,20 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
                     reasons |= redact(row, redaction, "metrics")
             matcher, _, fill, a, b, c, d, fill_index, e = template
             batch_bytes, tail, tail_has_batch = no_batch, packed_row, False
-            if batch is None:
+            if not has_batch:
+                last_part.row = None
                 _pack_into(row, packed_row)
-            elif type(batch) is TrainingBatch and batch.loss_fn is batch.loss_fn_config is None and not batch.metrics:
-                batch_bytes = _EMPTY_BATCH
-                _pack_into(row, packed_row)
-            else:
+                last_part.row = row if reasons is None else None
+            elif batch is not None and not (
+                type(batch) is TrainingBatch and batch.loss_fn is batch.loss_fn_config is None and not batch.metrics
+            ):
                 tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}, redaction), True
+            else:
+                batch_bytes = no_batch if batch is None else _EMPTY_BATCH
+                if row is last_part.row:
+                    tail = last_part.packed
+                else:
+                    _pack_into(row, packed_row)
             if reasons:
                 log_replaced(tag, reasons)
                 a = _SEVEN_ENTRIES + a[1:]

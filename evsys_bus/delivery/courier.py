@@ -12,7 +12,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Final, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback
@@ -31,11 +32,16 @@ from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
 
+if TYPE_CHECKING:
+    from evsys_bus.delivery.sink_receiver import SinkReceiver
+
 COMMIT_SECONDS: Final = 0.2
 """Minimum time between two commits while events arrive."""
 MAX_FAILED_MARKS: Final = 10
 """How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
+IDLE_OPEN_SECONDS: Final = 0.3
+"""How long an adapter that has nothing to deliver may take to open once its courier is to end."""
 NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
 
@@ -79,7 +85,8 @@ class Courier:
         disk: Disk | None = None,
     ) -> None:
         self.name: Final = name
-        self._directory: Final = os.fspath(directory)
+        self.directory: Final = os.fspath(directory)
+        """The journal."""
         self._policy: Final = policy
         self._publish: Final = publish
         self._start_after: Final = start_after
@@ -91,7 +98,7 @@ class Courier:
         self._disk: Final[Disk] = OsDisk() if disk is None else disk
         self._faults: Final = FaultLog()
         self._store: Final = DeliveryStore(
-            self._directory,
+            self.directory,
             name,
             adapter_kind(adapter),
             persistent=persistent,
@@ -107,6 +114,7 @@ class Courier:
         self._previous_status = DeliveryStatus()
         """Counts and unconfirmed events of the previous courier."""
         self._stopping = False
+        self._is_opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
         self._commit_due = 0.0
@@ -118,9 +126,11 @@ class Courier:
         self._failing_since: float | None = None
         self._unconfirmed = DeliveryStatus()
         """Unconfirmed events: the fields ``owed``, ``owed_fix`` and ``error``."""
+        self._waiting_for: str | None = None
+        """What the sink waits for while nothing is pending."""
         self._saved_failures = (0, 0)
         """Failure counts of hooks and tasks, as last written before a commit."""
-        self._pending_counter = PendingCounter(self._directory, policy.ranks, self._disk)
+        self._pending_counter = PendingCounter(self.directory, policy.ranks, self._disk)
 
     async def run(self) -> None:
         """Deliver until finished or stopped. Errors of the adapter during delivery are handled, not raised.
@@ -140,7 +150,7 @@ class Courier:
                 if not self._stopping:
                     await self._run_session(has_cursor=has_cursor)
         except TimeoutError:
-            if not self._stopping:
+            if self._scope is None or not self._scope.expired():
                 raise
         finally:
             self._scope = None
@@ -150,21 +160,24 @@ class Courier:
     def finish(self, deadline: float | None = None) -> None:
         """End once every event in the journal was delivered; from any thread.
 
+        If there are none to deliver, an adapter that cannot be opened is given up.
+
         Args:
             deadline: Until when the adapter's tasks may run after that (monotonic); None for no limit.
         """
         self._deadline = time.monotonic() + NO_DEADLINE_SECONDS if deadline is None else deadline
         self._finishing = True
+        self._call_on_loop(self._give_up_idle_open)
 
     def stop(self) -> None:
         """End now, from any thread: the current batch is cancelled and will be delivered again later."""
         self._stopping = True
-        loop = self._loop
-        if loop is not None:
-            try:
-                loop.call_soon_threadsafe(self._cancel_run)
-            except RuntimeError:
-                pass  # the loop is closed, so nothing is running
+        self._call_on_loop(self._cancel_run)
+
+    def _call_on_loop(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, so nothing is running
+                self._loop.call_soon_threadsafe(call)
 
     def publish(self, event: Event) -> None:
         """Record an event that the adapter publishes; discarded if the courier has no `publish` function."""
@@ -173,7 +186,7 @@ class Courier:
 
     def has_subscription(self, name: str) -> bool:
         """Whether an adapter of this name is followed in this journal."""
-        return is_subscribed(self._directory, name, self._disk)
+        return is_subscribed(self.directory, name, self._disk)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Store the report in the state file, from any thread; see `Adapter.report_owed`."""
@@ -191,6 +204,12 @@ class Courier:
             same_texts = (previous.error, previous.owed_fix) == (unconfirmed.error, unconfirmed.owed_fix)
             self._write_status("delivering", urgent=not (same_texts and unconfirmed.owed and previous.owed))
 
+    def report_waiting(self, why: str | None) -> None:
+        """Store what the sink waits for, on the courier's loop; see `Sink.report_waiting`."""
+        if why != self._waiting_for:
+            self._waiting_for = why
+            self._write_status("idle", urgent=True)
+
     @property
     def counts(self) -> DeliveryStatus:
         """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
@@ -199,6 +218,16 @@ class Courier:
         pending = self._pending_counter.count(positions)
         recorded = delivered + dead + pending
         return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
+
+    @property
+    def handled(self) -> int:
+        """How many events were handled; from any thread."""
+        return self._store.handled
+
+    @property
+    def last_status(self) -> DeliveryStatus | None:
+        """The state that was last written, without counts of events; from any thread."""
+        return self._store.last_status
 
     @property
     def failure_counts(self) -> HasFailureCounts | None:
@@ -221,10 +250,11 @@ class Courier:
     async def _run_session(self, *, has_cursor: bool) -> None:
         receiver, store = self._receiver, self._store
         source = EventSource(
-            self._directory,
+            self.directory,
             store.cursor,
             ranks=self._policy.ranks,
             raw=self._sink is not None and self._sink.raw,
+            with_payloads=self._sink is not None and self._sink.with_payloads,
             disk=self._disk,
             clock=self._clock,
             faults=self._faults,
@@ -250,7 +280,10 @@ class Courier:
         """Open the adapter and bring it to the position of the cursor."""
         cursor = self._store.cursor
         try:
+            self._is_opening = True
+            self._give_up_idle_open()
             await self._receiver.open(self._set_problem)
+            self._is_opening = False
             if cursor.mark is not None:
                 self._receiver.rewind(cursor.mark)
             starts = source.open_run_starts(cursor.steps if has_cursor else None)
@@ -292,7 +325,7 @@ class Courier:
                     self._is_complete = True
                     return
                 was_exhausted = include_idle
-                await asyncio.sleep(0.0 if include_idle else self._poll_seconds)
+                await self._pause(is_finishing=include_idle)
                 continue
             was_exhausted = False
             remaining = began + receiver.max_seconds - clock.monotonic()
@@ -315,6 +348,12 @@ class Courier:
                 if not self._failed_marks:
                     self._set_problem(None)
             await asyncio.sleep(self._slice_seconds or 0.0)
+
+    async def _pause(self, *, is_finishing: bool) -> None:
+        """Wait a moment for new events; meanwhile the sink may do what is due."""
+        if self._sink is not None and self._sink.idle_seconds is not None and not is_finishing:
+            await cast("SinkReceiver", self._receiver).do_idle_work(self._clock.monotonic())
+        await asyncio.sleep(0.0 if is_finishing else self._poll_seconds)
 
     async def _resume_runs(self, batch: Batch) -> None:
         """Repeat the start events of open runs whose segments were removed; they are not counted."""
@@ -367,11 +406,11 @@ class Courier:
 
     async def _deliver_open_rows(self, batch: Batch) -> None:
         """Deliver the rows that were logged in parts, and whose program ended before they were complete."""
-        streams, batch.ended_streams, batch.is_closed = batch.ended_streams, [], False
+        ended, batch.ended, batch.is_closed = batch.ended, [], False
         rows = self._store.rows
         try:
             self._is_delivering = True
-            await self._deliver_uncounted([row for stream in streams for row in rows.of(stream)])
+            await self._deliver_uncounted([row for each in ended for row in rows.of(*each)])
             self._is_delivering = False
         except RetryLaterError as error:
             self._fatal_error = error
@@ -380,8 +419,8 @@ class Courier:
             self._is_delivering = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
         else:
-            for stream in streams:
-                rows.remove(stream)
+            for each in ended:
+                rows.remove(*each)
             self._store.has_changes = True
 
     async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
@@ -441,6 +480,8 @@ class Courier:
         unconfirmed, previous = self._unconfirmed, self._previous_status
         # A problem of the delivery comes before the reason for unconfirmed events.
         shown = unconfirmed if problem is None else problem
+        if problem is None and self._waiting_for is not None and state in {"idle", "delivering"}:
+            problem = shown = DeliveryStatus(state="waiting", error=self._waiting_for)
         counts = self.failure_counts
         failures, task_failures, last_failure = (
             (0, 0, None) if counts is None else (counts.failures, counts.task_failures, counts.last_failure)
@@ -460,6 +501,18 @@ class Courier:
             log=self._log_path,
         )
         self._store.write_status(status, urgent=urgent)
+
+    def _give_up_idle_open(self, *, began: float | None = None) -> None:
+        """End the run if it should finish, nothing is to be delivered, and the adapter cannot be opened or is slow."""
+        loop = self._loop
+        if loop is None or not (self._finishing and self._is_opening):
+            return
+        began = loop.time() if began is None else began
+        is_late = self._problem is not None or loop.time() - began >= IDLE_OPEN_SECONDS
+        if is_late and not self._unconfirmed.owed and not self.counts.pending:
+            self._cancel_run()
+        else:
+            loop.call_later(IDLE_OPEN_SECONDS, partial(self._give_up_idle_open, began=began))
 
     def _cancel_run(self) -> None:
         try:

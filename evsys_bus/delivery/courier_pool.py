@@ -27,6 +27,7 @@ from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.status_files import is_delivering, write_status_if_idle
+from evsys_bus.delivery.status_recorder import StatusRecorder
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog, current_adapter, log
@@ -150,6 +151,9 @@ class CourierPool:
         self._task_manager = task_manager
         self._workers = [_CourierWorker(each) for each in subscriptions]
         self._annotations = _AnnotationWriter(directory, self._clock, self._disk)
+        self._status_recorder = StatusRecorder(
+            directory, self._annotations.publish, self._disk, monotonic=self._clock.monotonic
+        )
 
     def start(self, *, subscribe: bool = True) -> None:
         """Start delivering.
@@ -201,9 +205,18 @@ class CourierPool:
                 worker.thread.stop()
         if self.running:
             return False
+        self.record_status(final=True)
         self._annotations.close()
         self._faults.flush()
         return True
+
+    def record_status(self, *, final: bool = False) -> None:
+        """Record in the journal how the deliveries go, if that has changed and is due; see `StatusRecorder`.
+
+        Called periodically, on a thread that no training waits for.
+        """
+        couriers = [worker.courier for worker in self._workers if worker.courier is not None]
+        self._status_recorder.record(couriers, final=final)
 
     @property
     def running(self) -> list[str]:
@@ -242,7 +255,7 @@ class CourierPool:
     async def _deliver_logging_errors(self, worker: "_CourierWorker") -> bool:
         """Call `_deliver`, log its failure, and return whether the courier should end.
 
-        After a failure it ends only if that attempt started after the request to end.
+        After a failure it ends only if that attempt started after the request to end, or nothing is to be delivered.
         """
         requested = worker.requested
         try:
@@ -254,7 +267,7 @@ class CourierPool:
             self._record_failure(worker, error)
         if worker.requested is None:
             await worker.pause(self._restart_seconds)
-        return requested is not None
+        return requested is not None or (worker.requested == "finish" and not self._has_unfinished(worker))
 
     async def _deliver(self, worker: "_CourierWorker") -> bool:
         """Run one courier; return False if it has to be run again."""
@@ -285,15 +298,17 @@ class CourierPool:
         fix = "delivery continues here when that process ends; evsys-bus status shows its progress"
         self._faults.warn("courier.busy", worker.name, courier=worker.name, journal=self._directory, fix=fix)
         worker.failed = True
-        if worker.requested == "finish" and not self._has_pending(worker):
+        if worker.requested == "finish" and not self._has_unfinished(worker):
             return True
         await worker.pause(LOCK_RETRY_SECONDS)
         return False
 
-    def _has_pending(self, worker: "_CourierWorker") -> bool:
+    def _has_unfinished(self, worker: "_CourierWorker") -> bool:
+        """Return whether events are pending or unconfirmed, or may be."""
         if worker.progress is None:
             worker.progress = ProgressReader(self._directory, self._disk)
-        return any(each.pending for each in worker.progress.read() if each.name == worker.name)
+        statuses = [each for each in worker.progress.read() if each.name == worker.name]
+        return any(each.pending or each.owed or not each.is_known for each in statuses)
 
     def _make_courier(self, worker: "_CourierWorker") -> Courier:
         """Create a courier with a newly built adapter: a failed one is in an unknown state."""
@@ -354,7 +369,8 @@ class _CourierWorker:
         self.requested: Literal["finish", "stop"] | None = None
         self.deadline: float | None = None
         self.progress: ProgressReader | None = None
-        self._courier: Courier | None = None
+        self.courier: Courier | None = None
+        """The current one, or the last one."""
         self._lock = threading.Lock()
 
     def request(self, request: Literal["finish", "stop"]) -> None:
@@ -364,16 +380,16 @@ class _CourierWorker:
 
     def set_courier(self, courier: Courier) -> None:
         with self._lock:
-            self._courier = courier
+            self.courier = courier
             self._forward_request()
 
     def _forward_request(self) -> None:
-        if self._courier is None:
+        if self.courier is None:
             return
         if self.requested == "finish":
-            self._courier.finish(self.deadline)
+            self.courier.finish(self.deadline)
         elif self.requested == "stop":
-            self._courier.stop()
+            self.courier.stop()
 
     async def pause(self, seconds: float) -> None:
         """Sleep for ``seconds``, or until a new request arrives."""

@@ -61,14 +61,18 @@ class OpenRows:
             found[stream] = min(row.first_sequence, found.get(stream, row.first_sequence))
         return found
 
-    def of(self, stream: str) -> list[Envelope]:
-        """Return the open rows of a stream that has ended, each as a `StepEnd` in place of its last part."""
-        return [row.to_envelope() for key, row in self._rows.items() if key[0] == stream]
+    def of(self, stream: str, run: str | None = None) -> list[Envelope]:
+        """Return the open rows of a stream, or of one run in it, each as a `StepEnd` in place of its last part."""
+        return [row.to_envelope() for key, row in self._rows.items() if _is_of(key, stream, run)]
 
-    def remove(self, stream: str) -> None:
-        """Remove the open rows of a stream."""
-        for key in [each for each in self._rows if each[0] == stream]:
+    def remove(self, stream: str, run: str | None = None) -> None:
+        """Remove these rows."""
+        for key in [each for each in self._rows if _is_of(each, stream, run)]:
             del self._rows[key]
+
+
+def _is_of(key: tuple[str, str], stream: str, run: str | None) -> bool:
+    return key[0] == stream and run in {None, key[1]}
 
 
 class _OpenRow:

@@ -105,7 +105,7 @@ class _AnnotationStream:
         )  # no writer continues it; checked before reading
         before = self._tail.last_sequence
         annotations = [
-            each for each in (_decode_annotation(record.payload) for record in self._tail.poll()) if each is not None
+            each for each in (decode_annotation(record.payload) for record in self._tail.poll()) if each is not None
         ]
         if can_idle and self._tail.last_sequence == before:
             self._idle_seconds = min(4 * self._idle_seconds, MAX_IDLE_SECONDS)
@@ -113,7 +113,8 @@ class _AnnotationStream:
         return annotations
 
 
-def _decode_annotation(payload: bytes) -> RunAnnotated | None:
+def decode_annotation(payload: bytes) -> RunAnnotated | None:
+    """Return the annotation in the payload of a record; None if it is another event, or cannot be decoded."""
     if _EVENT_TAG not in payload:
         return None
     try:

@@ -18,10 +18,10 @@ from evsys_bus.codec import decode
 from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Envelope, StepEnd, TrainStart
+from evsys_bus.events import Envelope, RunStart, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import FrameRun
-from evsys_bus.sink import RawRecord
+from evsys_bus.sink import RawRecord, RecordedEnvelope
 
 MAX_READ_ATTEMPTS: Final = 60
 """How often reading a segment is retried, with a pause in between, before the segment is skipped."""
@@ -56,7 +56,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.items: list[Any] = []
-        """Each is an `Envelope`, or a `RawRecord` if the source is raw."""
+        """Each is an `Envelope`, a `RecordedEnvelope` if the source is with payloads, or a `RawRecord` if it is raw."""
         self.sizes: list[int] = []
         """Encoded size of each event in bytes."""
         self.sequences: list[int] = []
@@ -69,21 +69,29 @@ class Batch:
         """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
-        self.ended_streams: list[str] = []
-        """Streams with rows in parts whose last event was read, and whose writer has ended."""
+        self.ended: list[tuple[str, str | None]] = []
+        """After the last event, streams with rows in parts whose writer has ended, and runs, each with its stream, that
+        start again in the same stream."""
         self.starts: list[Any] = []
         """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
 
     def is_empty(self) -> bool:
         """Whether there is nothing to deliver."""
-        return not (self.items or self.ended_streams)
+        return not (self.items or self.ended)
+
+    def end_part(self, source: "_StreamSource", first: int) -> None:
+        """Take note of the stream of the events from index ``first`` on, and of the starts that come before them."""
+        if len(self.items) > first:
+            self.parts.append((source.stream, len(self.items) - first))
+            if source.starts:
+                self.starts += source.pop_starts(self.sequences[first] - 1)
 
     def end(self, source: "_StreamSource") -> ReadResult:
         """Take note that a stream was read to its end, which matters if its writer has ended in the middle of a row."""
         if not (source.contexts.has_parts and source.is_finished):
             return "dry"
         source.contexts.has_parts = False
-        self.ended_streams.append(source.stream)
+        self.ended.append((source.stream, None))
         self.is_closed = True
         return "full"
 
@@ -100,7 +108,7 @@ class Batch:
             dropped.append((stream, removed, self.sequences[offset - 1]))
         self.bytes -= sum(self.sizes[:count])
         del self.items[:count], self.sizes[:count], self.sequences[:count]
-        self.is_closed = self.is_closed and bool(self.items or self.corrupt_record or self.ended_streams)
+        self.is_closed = self.is_closed and bool(self.items or self.corrupt_record or self.ended)
         return dropped
 
 
@@ -112,6 +120,7 @@ class EventSource:
         cursor: Where to start; a stream that is not in it is read from its beginning.
         ranks: The ranks whose streams are read; None for all.
         raw: Whether the batches are of `RawRecord`, and nothing is decoded.
+        with_payloads: Whether they are of `RecordedEnvelope`.
         disk: The file system.
         clock: The clocks.
         faults: Where read errors are logged.
@@ -124,6 +133,7 @@ class EventSource:
         *,
         ranks: tuple[int, ...] | None,
         raw: bool = False,
+        with_payloads: bool = False,
         disk: Disk,
         clock: Clock,
         faults: FaultLog,
@@ -132,6 +142,7 @@ class EventSource:
         self._cursor: Final = cursor
         self._ranks: Final = ranks
         self._raw: Final = raw
+        self._with_payloads: Final = with_payloads
         self._disk: Final = disk
         self._clock: Final = clock
         self._faults: Final = faults
@@ -323,7 +334,7 @@ class EventSource:
         """Add events of one stream."""
         items, sizes, sequences = batch.items, batch.sizes, batch.sequences
         contexts, contexts_by_run = source.contexts, source.contexts.by_run
-        raw, stream = self._raw, source.stream
+        raw, with_payloads, stream = self._raw, self._with_payloads, source.stream
         before = len(items)
         room, total_bytes = max_events - before, batch.bytes
         read_result: ReadResult = "dry"
@@ -331,20 +342,24 @@ class EventSource:
             for record in source.records():
                 sequence, payload = record
                 size = len(payload)
-                total_bytes += size
-                if (total_bytes > max_bytes or source.starts) and items:  # starts go before the first event of a batch
+                # Starts go before the first event of a batch.
+                if (total_bytes + size > max_bytes or source.starts) and items:
                     source.push_back(record)
-                    total_bytes -= size
                     read_result = "full"
                     break
                 try:
                     item: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
                 except CodecError as error:
                     batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
-                    total_bytes -= size
                     batch.is_closed, read_result = True, "full"
                     break
-                items.append(item)
+                if contexts.has_parts and source.is_first_look(item):
+                    source.push_back(record)
+                    batch.ended.append((stream, item.run))
+                    batch.is_closed, read_result = True, "full"
+                    break
+                total_bytes += size
+                items.append(RecordedEnvelope.of(item, payload) if with_payloads else item)
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
@@ -363,11 +378,8 @@ class EventSource:
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
             source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
-        if len(items) > before:
-            batch.parts.append((source.stream, len(items) - before))
-            if source.starts:
-                batch.starts += source.pop_starts(sequences[before] - 1)
         batch.bytes = total_bytes
+        batch.end_part(source, before)
         return read_result
 
 
@@ -479,6 +491,8 @@ class _StreamSource:
         """Whether it was read to its end after its writer had ended."""
         self._read_failures = 0
         """How often in a row it could not be read."""
+        self._start_sequence = 0
+        """The sequence of the last start that `is_first_look` has seen."""
         self.is_released = False
         """Whether `_RankStreams.release` has returned it, so that it is polled or pausing."""
         self.is_live = reader.is_live(stream)
@@ -532,6 +546,13 @@ class _StreamSource:
         if not self._raw:
             set_first_steps(starts, self._reader, self.stream, after)
         return starts
+
+    def is_first_look(self, envelope: Envelope) -> bool:
+        """Whether this is the start of a run not read before: a row that an earlier process left open comes first."""
+        if type(envelope.event) is not RunStart or envelope.seq == self._start_sequence:
+            return False
+        self._start_sequence = envelope.seq
+        return True
 
     def push_back(self, record: tuple[int, bytes]) -> None:
         """Return a record, so that it is the next one read."""

@@ -146,7 +146,7 @@ class ContentLogger:
 def _flatten(metrics: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Iterate over names and values; those of a nested dict have a path as their name: ``val/acc``."""
     for key, value in metrics.items():
-        name = prefix + str(key)
+        name = prefix + (str.__str__(key) if isinstance(key, str) else str(key))
         if isinstance(value, Mapping) and depth < _MAX_DEPTH:
             yield from _flatten(cast("Mapping[Any, Any]", value), f"{name}/", depth + 1)
         else:

@@ -32,7 +32,7 @@ def current_run() -> "Run":
     names = ", ".join(sorted(each.name for each in _open_runs.values()))
     raise TrainingError(
         f"{len(_open_runs)} runs are open here ({names:.200}), and none is active in this context",
-        fix="log to the object itself, or say which one is meant: `with run.activate():`",
+        fix="log to the object itself, or choose one: `with run.activate():`",
     )
 
 

@@ -45,7 +45,7 @@ _GIT_SETTINGS: Final = {
     "core.untrackedCache": "false",
     "diff.autoRefreshIndex": "false",  # the index is the user's
     "safe.bareRepository": "explicit",  # a folder in a repository may look like one, with a configuration of its own
-    "protocol.allow": "never",  # missing objects are fetched from wherever the configuration says
+    "protocol.allow": "never",  # missing objects are fetched from the servers in the configuration
 }
 _GIT_VARIABLES: Final = {
     "GIT_OPTIONAL_LOCKS": "0",
@@ -72,7 +72,7 @@ def collect_environment(*, timeout: float = 2.0, folder: Path | None = None) -> 
     It waits for other programs, so call it on a thread that nothing waits for.
 
     Args:
-        timeout: Seconds after which no further part is begun, and started programs are killed.
+        timeout: Seconds after which no further part is started, and started programs are killed.
         folder: A folder in the git repository of the code. Default: that of the main script, else the current one.
 
     Returns:

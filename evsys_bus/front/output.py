@@ -83,15 +83,19 @@ class OutputCapture:
         """Whether output is being copied by this object, in this process."""
         return _active is self
 
-    def start(self) -> bool:
-        """Start copying. Returns False if another capture is active, or no stream can be captured."""
+    def start(self, kinds: tuple[type, ...] = (io.TextIOWrapper,)) -> bool:
+        """Start copying. Returns False if another capture is active, or no stream can be captured.
+
+        Args:
+            kinds: Of which types ``sys.stdout`` and ``sys.stderr`` may be; their ``write`` must be replaceable.
+        """
         global _active  # noqa: PLW0603 - one per process
         if _active is not None:
             return False
         streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
         for number, stream in enumerate(streams):
             # Only these have a ``write`` that can be replaced, and are not in use by a notebook or a test.
-            if isinstance(stream, io.TextIOWrapper) and not any(stream is each for each, _ in self._writers):
+            if isinstance(stream, kinds) and not any(stream is each for each, _ in self._writers):
                 self._replace_write(number, cast("io.TextIOWrapper", stream))
         if self._writers:
             _active = self

@@ -82,7 +82,7 @@ def _find(run_dir: Path) -> RunFile | None:
         raise unwritable_error(run_dir, "the run's directory", error) from error
     if found is None and _holds_records(run_dir):
         found = RunFile.load(run_dir)  # another rank may have started the run meanwhile
-        # A damaged file belongs to a run that goes on: to start it anew would remove its rows.
+        # A damaged file belongs to a run that goes on: to start it again would remove its rows.
         return found or RunFile(status="running" if (run_dir / RUN_FILE).exists() else _UNKNOWN)
     return found
 

@@ -2,15 +2,15 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
 from evsys_bus.delivery.open_rows import OpenRows
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader, OsDisk, layout
 
@@ -18,6 +18,8 @@ MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
 _RECENT_EVENTS: Final = 16
 Row = dict[str, Any]
+Rows = tuple[tuple[int, Row], ...]
+"""Steps and their metrics."""
 
 
 class OpenRow:
@@ -32,48 +34,58 @@ class OpenRow:
         """Complete rows that were returned; remove the first once one is published. Ctrl-C may come in between."""
         self._lock: Final = threading.RLock()  # a signal handler may log, too
 
-    def add(self, step: int, part: Row, *, commit: bool) -> tuple[list[tuple[int, Row]], bool]:
+    def add(self, step: int, part: Row, *, commit: bool) -> tuple[Rows, bool]:
         """Add a part; return the rows that are complete now, as steps and metrics, and whether the part is in them.
 
         A part of an earlier step than that of the open row is a row of its own: receivers merge rows of one step.
         """
-        complete: list[tuple[int, Row]] = []
         with self._lock:
             open_step = self.step
             if open_step == step:
                 self._metrics.update(part)
                 self._parts += 1
-            elif open_step is None or step > open_step:
-                if open_step is not None:
-                    complete.append((open_step, self._metrics))
-                # A copy of a part that is published too: its event must not change when the next part is added.
-                self.step, self._metrics, self._parts = step, part if commit else {**part}, 1
-            else:
-                complete.append((step, part))
-                self.unpublished.extend(complete)
-                return complete, True
-            is_complete = commit or self._parts >= MAX_PARTS
-            if is_complete:
-                complete.append((step, self._metrics))
+                if not commit and self._parts < MAX_PARTS:
+                    return (), False
+                self.step, commit, complete = None, True, ((step, self._metrics),)
+            elif open_step is not None and step < open_step:
+                commit, complete = True, ((step, part),)
+            elif commit:
                 self.step = None
-            if complete:
-                self.unpublished.extend(complete)
-        return complete, is_complete
+                complete = ((step, part),) if open_step is None else ((open_step, self._metrics), (step, part))
+            else:
+                complete = () if open_step is None else ((open_step, self._metrics),)
+                # A copy, because the part is published too: its event must not change when the next part is added.
+                self.step, self._metrics, self._parts = step, {**part}, 1
+            self.unpublished.extend(complete)
+        return complete, commit
 
     def take_all(self) -> list[tuple[int, Row]]:
         """Return the rows that an interrupt has left unpublished, and the open row, which is complete now."""
         self.take()
         return [*self.unpublished]
 
-    def take(self) -> list[tuple[int, Row]]:
+    def take(self) -> Rows:
         """Return the open row, which is complete now, or nothing."""
         with self._lock:
             if self.step is None:
-                return []
-            complete = [(self.step, self._metrics)]
+                return ()
+            complete = ((self.step, self._metrics),)
             self.step = None
             self.unpublished.extend(complete)
         return complete
+
+
+def to_row(metrics: Any) -> Row:
+    """Return metrics as a row.
+
+    Raises:
+        TrainingError: They are no mapping.
+    """
+    if isinstance(metrics, Mapping):
+        return dict(cast("Mapping[str, Any]", metrics))
+    raise TrainingError(
+        f"the metrics are {metrics!r:.80}, which is no mapping", fix='give numbers by name: run.log({"loss": 0.5})'
+    )
 
 
 def is_recorded(bus: EventBus, run: str, step: int) -> bool:
@@ -105,7 +117,7 @@ def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
 
 
 _STREAMS_READ: Final = 2
-"""The newest streams, and segments of each: that of the killed process, and the one that has just begun."""
+"""The newest streams, and segments of each: that of the killed process, and the one that has just started."""
 
 
 class RowMerger:
@@ -117,10 +129,14 @@ class RowMerger:
         """The open row of each run, by run key."""
         self.last_row: Row | None = None
         """The metrics of the last `StepEnd` whose hooks were called."""
+        self.own_row: Row | None = None
+        """The metrics of a row that is complete: that of a `StepEnd` which the run itself publishes."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
         """Merge; values of the event itself win."""
         self.last_row = metrics
+        if metrics is self.own_row:
+            return
         row = self.rows.get(getattr(state, "run_key", ""))
         if row is None or row.step is None or row.step > step_idx:
             return

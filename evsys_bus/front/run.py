@@ -9,13 +9,15 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, Final, Literal, Self
 
 import msgspec
 
 from evsys_bus.bus import EventBus
+from evsys_bus.bus.lifecycle import status_of
 from evsys_bus.callback import dispatch
 from evsys_bus.codec import error_text
+from evsys_bus.codec.scalars import are_known_keys
 from evsys_bus.context import (
     ArmResult,
     LogContext,
@@ -49,7 +51,7 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open
+from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open, to_row
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
@@ -135,29 +137,31 @@ class Run(ContentLogger):
         try:
             part: Row = {**metrics}
         except TypeError:  # not a mapping, or with keys that are no texts
-            part = _to_row(metrics)
-        if step is None:
-            step, is_whole = self._current_step()
-            commit = commit or is_whole
-        elif type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
-            step = _whole(step)
+            part = to_row(metrics)
+        if type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
+            step, commit = self._find_step(step, commit=commit)
         if step >= self._next_step:
             self._next_step = step + 1
-        if not (PLAIN.issuperset(map(type, part.values())) and _TEXT.issuperset(map(type, part))):
+        has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
+        if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
         complete, is_complete = self._row.add(step, part, commit=commit)
+        if is_complete:
+            self._publish_rows(complete)
+            return
+        if self._row_merger is None:
+            self._merge_rows_of_others()
+        event = Metrics(self.state, step, part)
+        if not complete:
+            self.bus.publish(event)
         for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._publish_row(row_step, row)
-        if not is_complete:
-            if self._row_merger is None:
-                self._merge_rows_of_others()
-            self.bus.publish(Metrics(self.state, step, part))
+            self._publish_row(row_step, row, event)
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
         number = self._step_of(step)
         if self._is_usable():
-            self.bus.publish(Eval(self.state, number, name, self._plain_part(_to_row(metrics), number)))
+            self.bus.publish(Eval(self.state, number, name, self._plain_part(to_row(metrics), number)))
 
     def checkpoint(
         self,
@@ -190,7 +194,7 @@ class Run(ContentLogger):
     def epoch_end(self, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Log the end of a pass over the data; epochs are 0-based."""
         if self._is_usable():
-            self.bus.publish(EpochEnd(self.state, _whole(epoch), self._plain_part(_to_row(metrics or {}), None)))
+            self.bus.publish(EpochEnd(self.state, _whole(epoch), self._plain_part(to_row(metrics or {}), None)))
 
     def alert(self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning") -> None:
         """Log something that a person should see."""
@@ -298,7 +302,7 @@ class Run(ContentLogger):
 
     def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
         try:
-            self.finish(_status_of(error), error)
+            self.finish(status_of(error), error)
         finally:
             self._stack.__exit__(None if error is None else type(error), error, None)
 
@@ -359,7 +363,7 @@ class Run(ContentLogger):
             self._stack.enter_context(activated(self))
         except BaseException as error:
             with suppress(Exception):  # the error that counts is the first one
-                self.finish(_status_of(error), error)
+                self.finish(status_of(error), error)
             self._stack.__exit__(type(error), error, None)
             raise
         return self
@@ -469,7 +473,7 @@ class Run(ContentLogger):
     def end_implied(self, error: BaseException | None) -> None:
         """End the run because its bus is left."""
         try:
-            self.finish(_status_of(error), error, implied=True)
+            self.finish(status_of(error), error, implied=True)
         finally:
             self._stack.close()
 
@@ -483,8 +487,6 @@ class Run(ContentLogger):
         self._file.status = "stopped" if stopped_early else status
         self._file.ended_at = now()
         self._file.save(self.path)
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _is_usable(self) -> bool:
         if self.is_open:
@@ -504,13 +506,18 @@ class Run(ContentLogger):
         for step, metrics in rows:
             self._publish_row(step, metrics)
 
-    def _publish_row(self, step: int, row: Row) -> None:
+    def _publish_row(self, step: int, row: Row, next_part: Metrics | None = None) -> None:
         self._last_metrics = row
         event = StepEnd(self.state, step, _NO_BATCH, row)
+        merger = self._row_merger
+        if merger is not None:
+            merger.own_row = row
         try:
-            self.bus.publish(event)
+            if next_part is None:
+                self.bus.publish(event)
+            else:
+                self.bus.publish_row(event, next_part)
         except BaseException:
-            merger = self._row_merger
             if merger is not None and merger.last_row is not row:
                 raise  # Ctrl-C before the first hook: the row is published at the end of the run
             del self._row.unpublished[:1]
@@ -528,10 +535,12 @@ class Run(ContentLogger):
         merger.rows[self.name] = self._row
         self._row_merger = merger
 
-    def _current_step(self) -> tuple[int, bool]:
-        """Return the step of a part that names none, and whether it is a step of its own."""
+    def _find_step(self, step: int | None, *, commit: bool) -> tuple[int, bool]:
+        """Return the step of a part, and whether its row is complete with it: a part without a step may be a row."""
+        if step is not None:
+            return _whole(step), commit
         step = self.state.step if self._is_attached else self._loop_step
-        return (self._next_step, True) if step is None else (step, False)
+        return (self._next_step, True) if step is None else (step, commit)
 
     def _step_of(self, step: int | None) -> int:
         if step is not None:
@@ -579,23 +588,6 @@ def find_run(pid: int, number: int, path: Path) -> Run:
     run = Run(EventBus(), state)
     run.is_forked = True
     return run
-
-
-def _status_of(error: BaseException | None) -> Status:
-    import asyncio  # the bus has imported it
-
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "completed"
-    is_request = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError)
-    return "cancelled" if is_request else "failed"
-
-
-def _to_row(metrics: Any) -> Row:
-    if isinstance(metrics, Mapping):
-        return dict(cast("Mapping[str, Any]", metrics))
-    raise TrainingError(
-        f"the metrics are {metrics!r:.80}, which is no mapping", fix='give numbers by name: run.log({"loss": 0.5})'
-    )
 
 
 def _whole(step: Any) -> int:

@@ -32,6 +32,7 @@ _MIN_SYNC_SECONDS: Final = 1.0
 
 FlushPolicy = Literal["never", "interval", "always"]
 _Event = TypeVar("_Event")
+_Other = TypeVar("_Other")
 
 
 class JournalWriter:
@@ -172,6 +173,45 @@ class JournalWriter:
             return sequence
 
         return append
+
+    def make_pair_appender(
+        self, encode_first: Callable[[_Event, int, float], bytes], encode_second: Callable[[_Other, int, float], bytes]
+    ) -> Callable[[_Event, _Other, float], None]:
+        """Make a function like that of `make_appender` that records two events of one time by a single write."""
+        slow_writer = self._slow_writer
+
+        def append_pair(first: _Event, second: _Other, time: float) -> None:
+            sequence = self.next_sequence
+            payload = encode_first(first, sequence, time)
+            checked = pack_checked_header(MARKER, EVENT, len(payload), sequence) + payload
+            record = pack_checksum(crc32(checked)) + checked
+            payload = encode_second(second, sequence + 1, time)
+            checked = pack_checked_header(MARKER, EVENT, len(payload), sequence + 1) + payload
+            next_record = pack_checksum(crc32(checked)) + checked
+            records = record + next_record
+            self.next_sequence = sequence + 2  # before the write, as above
+            outcome: OSError | int | None = None
+            if slow_writer.is_ready:
+                try:
+                    written = slow_writer.write(slow_writer.file, records)
+                except OSError as error:
+                    outcome = error
+                else:
+                    if written == len(records):
+                        slow_writer.remaining_bytes = remaining_bytes = slow_writer.remaining_bytes - written
+                        if remaining_bytes <= 0:
+                            slow_writer.is_ready = False
+                        return
+                    outcome = written
+            next_outcome: int | None = None
+            if isinstance(outcome, int) and outcome >= len(record):
+                next_outcome = outcome - len(record)
+                slow_writer.remaining_bytes -= len(record)
+            else:
+                self._append_slow(PendingRecord(sequence, record, essential=False), outcome)
+            self._append_slow(PendingRecord(sequence + 1, next_record, essential=False), next_outcome)
+
+        return append_pair
 
     def append(self, payload: bytes, *, essential: bool = False) -> int:
         """Record one event under `next_sequence` and return the sequence.

@@ -1,8 +1,8 @@
 """Reading runs from their journals, while they run or later: `read` one, `read_runs` of a folder.
 
-Everything comes from the journal, whoever has written it. Nothing is written, and a damaged journal is read as far as
-it goes; `RecordedRun.problems` has what is missing. This module finds journals and runs in folders; `collector` makes
-runs of events.
+Everything comes from the journal, whichever program has written it. Nothing is written, and a damaged journal is read
+as far as it goes; `RecordedRun.problems` has what is missing. This module finds journals and runs in folders;
+`collector` makes runs of events.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from evsys_bus.reading.recorded_run import (
     MetricSummary,
     Mode,
     RecordedAlert,
+    RecordedEpoch,
     RecordedEval,
     RecordedRun,
     RecordedStep,
@@ -37,6 +38,7 @@ __all__ = [
     "MetricSummary",
     "Mode",
     "RecordedAlert",
+    "RecordedEpoch",
     "RecordedEval",
     "RecordedRun",
     "RecordedStep",

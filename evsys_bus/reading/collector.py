@@ -40,6 +40,7 @@ from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first
 from evsys_bus.reading.recorded_run import (
     RecordedAlert,
+    RecordedEpoch,
     RecordedEval,
     RecordedRun,
     State,
@@ -187,6 +188,10 @@ class _RunCollector:
             case "run.metrics" if is_step(fields.get("step_idx")):  # a part of a row
                 rank.trains = True
                 rank.add_row(fields["step_idx"], envelope.time, _numbers(fields.get("metrics")))
+            case "run.epoch_end" if is_step(fields.get("epoch")):
+                epoch: int = fields["epoch"]
+                recorded = RecordedEpoch(epoch, _numbers(fields.get("metrics")), envelope.time)
+                rank.epochs[epoch] = (to_step(getattr(fields.get("state"), "step", None), 0), recorded)
             case "run.config_update":
                 record.config = _merge(record.config, to_mapping(fields.get("config")))
             case "run.summary":
@@ -244,6 +249,7 @@ class _RunCollector:
             record.evals += rank.evals
             record.benchmarks += rank.benchmarks
             record.checkpoints += rank.checkpoints
+            record.epochs += [each for _, (_, each) in sorted(rank.epochs.items())]
         record.times = times.series()
         main = next((rank for rank in ranks if rank.trains), ranks[0])
         record.error, record.end_event = _text(main.error), main.end_event

@@ -78,6 +78,15 @@ class RecordedEval(NamedTuple):
     is_benchmark: bool = False
 
 
+class RecordedEpoch(NamedTuple):
+    """The end of a pass over the data."""
+
+    epoch: int
+    """0-based."""
+    metrics: dict[str, float]
+    time: float
+
+
 class RecordedAlert(NamedTuple):
     """An alert that the run has published."""
 
@@ -128,6 +137,8 @@ class RecordedRun:
     """Samples by ``system_metrics``, such as ``cpu/percent``; of all ranks together."""
     evals: list[RecordedEval] = field(default_factory=list[RecordedEval])
     benchmarks: list[EvalResult] = field(default_factory=list[EvalResult])
+    epochs: list[RecordedEpoch] = field(default_factory=list[RecordedEpoch])
+    """In order, each once: of one that was run again, the last record."""
     checkpoints: list[ManifestRow] = field(default_factory=list[ManifestRow])
     summary: dict[str, Any] = field(default_factory=dict[str, Any])
     """What the program has set, and the final metrics of a run of an experiment."""

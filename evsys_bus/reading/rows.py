@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from evsys_bus.context import EvalResult, ManifestRow
-from evsys_bus.reading.recorded_run import MetricSeries, RecordedEval, State
+from evsys_bus.reading.recorded_run import MetricSeries, RecordedEpoch, RecordedEval, State
 
 MAX_STEPS: Final = 1 << 62
-"""A number of steps from here on is no request, but stands for no end."""
+"""A number of steps from here on is no request, but means without end."""
 
 
 class MetricColumn:
@@ -62,6 +62,8 @@ class RankRecord:
         self.evals: list[RecordedEval] = []
         self.benchmarks: list[EvalResult] = []
         self.checkpoints: list[ManifestRow] = []
+        self.epochs: dict[int, tuple[int, RecordedEpoch]] = {}
+        """By number, each with the step at its end."""
         self.streams: Final[dict[str, None]] = {}
         """In order."""
         self.trains = False
@@ -85,11 +87,12 @@ class RankRecord:
         self.status, self.error, self.end_event = None, None, None
 
     def cut(self, first_step: int) -> None:
-        """Drop what an earlier training has from this step on: the one that starts makes it anew."""
+        """Drop what an earlier training has from this step on: the one that starts creates it again."""
         for column in (self.times, *self.metrics.values()):
             column.cut(first_step)
         self.evals = [each for each in self.evals if each.step is not None and each.step < first_step]
         self.benchmarks = [each for each in self.benchmarks if each.step is not None and each.step < first_step]
+        self.epochs = {number: each for number, each in self.epochs.items() if each[0] < first_step}
         self.checkpoints = [each for each in self.checkpoints if to_step(each.batch, 0) < first_step]
 
 

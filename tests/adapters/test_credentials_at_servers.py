@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 
 import pytest
 
@@ -233,10 +232,7 @@ def servers(tmp_path, monkeypatch):
         each for each in os.environ if each.startswith(("WANDB_", "EVSYS_")) or each.lower().endswith("proxy")
     ]:
         monkeypatch.delenv(name)
-    wandb = wandb_server.WandbServer()
-    thread = threading.Thread(target=wandb.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    with evsys_server.EvsysServer() as evsys:
+    with wandb_server.WandbServer() as wandb, evsys_server.EvsysServer() as evsys:
         evsys.keys = {CREDENTIALS["EVSYS_API_KEY"]}
         for name, value in {
             "HOME": str(tmp_path / "home"),
@@ -251,9 +247,6 @@ def servers(tmp_path, monkeypatch):
         }.items():
             monkeypatch.setenv(name, value)
         yield wandb, evsys
-    wandb.shutdown()
-    thread.join()
-    wandb.server_close()
 
 
 def marks_of(text):

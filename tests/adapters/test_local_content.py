@@ -7,7 +7,6 @@ import pytest
 from evsys_adapters import LocalLoggerCallback
 from evsys_bus import LogContext
 from evsys_bus.context import ExperimentResult
-from evsys_bus.front.media import store_content
 from support import loggers
 
 
@@ -17,11 +16,6 @@ class Run(loggers.Run):
     def __init__(self, folder, **params):
         super().__init__(LocalLoggerCallback(**{"print_every": 0, **params}), folder, "run")
         self.path, self.logs = folder / "run", folder / "run" / "logs"
-
-    def content(self, kind, name, value, step=None, **options):
-        item = store_content(self.path, kind, name, value, **options)
-        self.logger.on_content(self.state, step, item)
-        return item
 
     def rows(self, name):
         self.logger.close()

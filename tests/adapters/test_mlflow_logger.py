@@ -10,10 +10,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,7 +46,8 @@ from evsys_bus.front.media import store_content
 from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters
-from support.journals import read_envelopes
+from support.http_server import HttpServer
+from support.journals import read_envelopes, read_records, record
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # those of MLflow and its packages
@@ -131,12 +130,6 @@ def training(folder, steps=range(3), key="ppo", *, status="completed", error=Non
     yield Checkpoint(state, ManifestRow("final", steps[-1], state_path="/weights/final"))
     yield TrainEnd(state, LoopArtifacts())
     yield RunEnd(ctx, RunResult(status=status, error=error), ArmResult(key, status=status, error=error))
-
-
-def record(journal, events):
-    with EventBus([], journal=journal) as bus:
-        for each in events:
-            bus.publish(each)
 
 
 def sink(store, **params):
@@ -316,7 +309,7 @@ def test_a_courier_process_sends_samples_of_the_machine_apart_from_the_training(
             if isinstance(event, StepEnd) and event.step_idx == 2:
                 event.state.step = 2
                 until = time.monotonic() + 20
-                while not samples(tmp_path / "journal"):
+                while not read_records(tmp_path / "journal", family="s"):
                     assert time.monotonic() < until
                     time.sleep(0.01)
     run = only_run(store)
@@ -356,29 +349,16 @@ async def test_errors_show_no_password_of_a_uri(tmp_path, journal, monkeypatch, 
     [(401, ParkedError), (403, ParkedError), (404, ParkedError), (429, RetryLaterError), (502, RetryLaterError)],
 )
 async def test_what_a_server_answers_decides_what_happens(tmp_path, journal, status, error, store):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_error(status)
+    class Refusing(HttpServer):
+        def respond(self, request):
+            return status, b"", {}
 
-        def do_POST(self):
-            self.do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with Refusing() as server:
         record(journal, training(tmp_path))
-        logger = sink(f"http://127.0.0.1:{server.server_port}")
+        logger = sink(server.url)
         await logger.open()
         with pytest.raises(error, match="MLflow at 127.0.0.1"):
             await logger.write(read_envelopes(journal))
-        server.shutdown()
-
-
-def samples(journal):
-    reader = JournalReader(journal)
-    return [record for stream in reader.streams("s") for record in reader.read(stream)]
 
 
 async def test_a_run_that_was_deleted_is_created_anew(store, tmp_path, journal):

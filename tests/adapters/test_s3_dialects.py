@@ -20,7 +20,7 @@ from evsys_bus.errors import ParkedError, RetryLaterError
 
 pytest.importorskip("aiobotocore")
 
-from support.s3_server import DIALECTS, MIN_PART, DialectServer
+from support.s3_dialects import DIALECTS, MIN_PART, DialectServer
 from support.waiting import wait_until_async
 
 pytestmark = [pytest.mark.asyncio(loop_factories=["asyncio"]), pytest.mark.servers, pytest.mark.long]
@@ -61,7 +61,7 @@ def ledger(tmp_path):
 
 
 def connected(server, **settings):
-    settings = {"endpoint": server.endpoint, "region": "us-east-1", "part_bytes": PART} | settings
+    settings = {"endpoint": server.url, "region": "us-east-1", "part_bytes": PART} | settings
     return open_store("s3://bucket/team", **settings)[0]
 
 
@@ -138,7 +138,7 @@ async def test_parts_that_were_confirmed_before_a_kill_are_not_sent_again(dialec
             released.wait(PATIENCE_SECONDS)
 
     server.on_request = hold
-    process = program(SEND, server.endpoint, str(PART), str(file), str(ledger))
+    process = program(SEND, server.url, str(PART), str(file), str(ledger))
     await wait_until_async(arrived.is_set, PATIENCE_SECONDS)
     process.kill()
     process.wait()
@@ -161,7 +161,7 @@ class Run:
         self.folder.mkdir(parents=True)
         ctx = LogContext(folder / "sweep", run_key="low")
         self.state = LoopState(step=0, num_steps=100, output_dir=self.folder, ctx=ctx)
-        self.params = {"endpoint": server.endpoint, "region": "us-east-1"}
+        self.params = {"endpoint": server.url, "region": "us-east-1"}
         self.hook = CheckpointUploadCallback("s3://bucket/team", **self.params)
         self.upload = self.attach(UploadSink("s3://bucket/team", **self.params))
         self.envelopes = []
@@ -343,7 +343,7 @@ async def test_a_region_that_is_not_the_buckets_is_found_by_the_redirect(server,
 
 
 async def test_the_bucket_may_be_part_of_the_host_name(server, monkeypatch, ledger, tmp_path):
-    monkeypatch.setenv("HTTP_PROXY", server.endpoint)  # so that no name has to be resolved
+    monkeypatch.setenv("HTTP_PROXY", server.url)  # so that no name has to be resolved
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     store = connected(server, endpoint="http://s3.example.test", path_style=False)
@@ -354,7 +354,7 @@ async def test_the_bucket_may_be_part_of_the_host_name(server, monkeypatch, ledg
 
 
 async def test_a_url_may_name_the_endpoint_and_the_region(server, ledger, tmp_path):
-    url = f"s3://bucket/team?endpoint={server.endpoint}&region=eu-central-1&path_style=true"
+    url = f"s3://bucket/team?endpoint={server.url}&region=eu-central-1&path_style=true"
     store, prefix = open_store(url, endpoint="http://127.0.0.1:1")
     assert prefix == "team/"
     await store.put_file("team/k", made(tmp_path / "file", 10), ledger=ledger)

@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evsys_adapters import (
     CsvMetricsCallback,
+    LocalLoggerCallback,
     SystemMetricsCallback,
     TensorBoardLoggerCallback,
     WandbLoggerCallback,
@@ -21,6 +23,9 @@ from evsys_adapters.system_metrics import Machine, SystemMetrics, open_nvml
 from evsys_bus import (
     Callback,
     EventBus,
+    ExperimentEnd,
+    ExperimentResult,
+    ExperimentStart,
     LogContext,
     LoopState,
     RunEnd,
@@ -34,9 +39,12 @@ from evsys_bus import (
 from evsys_bus.context import ArmResult, LoopArtifacts
 from evsys_bus.errors import ConfigError
 from evsys_bus.journal import JournalReader, verify
+from evsys_bus.journal.layout import cursor_path
 from evsys_bus.testing import RecordingSink, conformance
 from support import wandb_server as wandb
 from support.couriers import counted, deliver
+from support.files import read_json_lines
+from support.journals import read_envelopes, read_records
 
 THREAD = "evsys-bus:system_metrics"
 
@@ -52,11 +60,6 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def samples(journal):
-    reader = JournalReader(journal)
-    return [record for stream in reader.streams("s") for record in reader.read(stream)]
-
-
 def train(bus, folder, *, steps=3, samples_at=(), journal=None):
     ctx = LogContext(folder).for_run("ppo")
     state = LoopState(0, steps, ctx.run_dir, ctx=ctx)
@@ -66,8 +69,8 @@ def train(bus, folder, *, steps=3, samples_at=(), journal=None):
         state.step = step
         bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 1.0}))
         if step in samples_at:
-            before = len(samples(journal))
-            wait_for(lambda before=before: len(samples(journal)) > before + 1)
+            before = len(read_records(journal, family="s"))
+            wait_for(lambda before=before: len(read_records(journal, family="s")) > before + 1)
     bus.publish(TrainEnd(state, LoopArtifacts()))
     bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
 
@@ -174,9 +177,64 @@ async def test_a_followed_callback_has_a_hook_for_them(tmp_path, journal):
 async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
     with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
         train(bus, tmp_path, samples_at=[0], journal=journal)
-    assert samples(journal)
+    assert read_records(journal, family="s")
     await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+def sampled_rows(folder):
+    return read_json_lines(folder / "ppo" / "logs" / "system_metrics.jsonl")
+
+
+def lose(path):
+    Path(path).unlink()
+
+
+def local_logger():
+    return LocalLoggerCallback(print_every=0)
+
+
+async def test_local_logger_has_each_sample_once_apart_from_the_training(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1], journal=journal)
+    assert counted(await deliver(journal, local_logger()))[1:] == (0, 0)
+    recorded, rows = read_envelopes(journal, family="s"), sampled_rows(tmp_path)
+    assert [row["time"] for row in rows] == [each.time for each in recorded]
+    assert [{"time": each.time, "step": each.event.step, **each.event.values} for each in recorded] == rows
+    assert len(read_json_lines(tmp_path / "ppo" / "logs" / "training" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("lost", ["cursor", "cursor and note"])
+async def test_a_sample_that_is_delivered_again_is_no_second_row_of_local_logger(tmp_path, journal, lost):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1], journal=journal)
+    await deliver(journal, local_logger())
+    rows = sampled_rows(tmp_path)
+    lose(cursor_path(journal, "it"))
+    if lost == "cursor and note":
+        lose(tmp_path / "ppo" / "logs" / ".at")
+    await deliver(journal, local_logger())
+    assert sampled_rows(tmp_path) == rows
+
+
+async def test_samples_of_steps_that_are_run_again_stay_with_local_logger(tmp_path, journal):
+    for _ in range(2):
+        with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+            train(bus, tmp_path, samples_at=[0], journal=journal)
+        await deliver(journal, local_logger())
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
+    assert len(read_json_lines(tmp_path / "ppo" / "logs" / "training" / "metrics.jsonl")) == 3
+
+
+async def test_local_logger_has_samples_that_come_after_the_end_of_their_experiment(tmp_path, journal):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        bus.publish(ExperimentStart(LogContext(tmp_path)))
+        train(bus, tmp_path, samples_at=[0], journal=journal)
+        bus.publish(ExperimentEnd(LogContext(tmp_path), ExperimentResult("lab")))
+    await deliver(journal, local_logger(), slice_seconds=0.0)
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
+    await deliver(journal, local_logger(), name="another")
+    assert len(sampled_rows(tmp_path)) == len(read_records(journal, family="s"))
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
@@ -210,7 +268,7 @@ def test_the_thread_runs_while_a_run_is_open_and_ends_with_it(tmp_path, journal)
         bus.publish(RunEnd(ctx, RunResult(), ArmResult("ppo")))
         wait_for(lambda: not sampling_threads())
         bus.publish(RunStart(ctx))  # resumed in the same process
-        wait_for(lambda: samples(journal))
+        wait_for(lambda: read_records(journal, family="s"))
     assert not sampling_threads()
 
 
@@ -227,8 +285,8 @@ def test_two_runs_at_once_have_samples_of_their_own(tmp_path, journal):
         for key in ("a", "b"):
             bus.publish(RunStart(LogContext(tmp_path).for_run(key)))
         assert len(sampling_threads()) == 1
-        wait_for(lambda: len(samples(journal)) >= 4)
-    payloads = b"".join(each.payload for each in samples(journal))
+        wait_for(lambda: len(read_records(journal, family="s")) >= 4)
+    payloads = b"".join(each.payload for each in read_records(journal, family="s"))
     assert payloads.count(b"cpu/percent") >= 4
 
 
@@ -236,7 +294,7 @@ async def test_a_loop_without_a_run_start_is_sampled_too(tmp_path, journal):
     state = LoopState(0, 3, tmp_path / "alone")
     with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
         bus.publish(TrainStart(state))
-        wait_for(lambda: samples(journal))
+        wait_for(lambda: read_records(journal, family="s"))
         bus.publish(TrainEnd(state, LoopArtifacts()))
         wait_for(lambda: not sampling_threads())
     seen = RecordingSink()

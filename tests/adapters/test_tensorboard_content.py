@@ -27,11 +27,6 @@ class Run(loggers.Run):
         self.path, self.folder = folder / "run", folder / "tensorboard" / "run"
         self.path.mkdir()
 
-    def content(self, kind, name, value, step=None, **options):
-        item = store_content(self.path, kind, name, value, **options)
-        self.logger.on_content(self.state, step, item)
-        return item
-
     def read(self):
         self.logger.close()
         found = EventAccumulator(str(self.folder), size_guidance=ALL)

@@ -22,11 +22,6 @@ class Run(wandb.Run):
         self.path = folder / "run"
         self.path.mkdir()
 
-    def content(self, kind, name, value, step=None, **options):
-        item = store_content(self.path, kind, name, value, **options)
-        self.logger.on_content(self.state, step, item)
-        return item
-
     def media(self):
         """The values of content, by name: (step, value)."""
         self.logger.close()

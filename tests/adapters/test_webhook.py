@@ -1,11 +1,8 @@
 """webhook: what a receiver gets, in each form, and what its answers decide."""
 
-import contextlib
 import json
-import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -29,13 +26,14 @@ from evsys_bus.errors import ConfigError, ParkedError
 from evsys_bus.events import Alert, Summary
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
-from support.journals import read_envelopes
+from support.http_server import HttpServer
+from support.journals import read_envelopes, record
 
 PATH = "/services/T0/B0/nobody-may-see-this"
 
 
-class Receiver:
-    """A webhook's receiver on port 0.
+class Receiver(HttpServer):
+    """A webhook's receiver.
 
     Attributes:
         bodies: Every accepted body, in order.
@@ -43,52 +41,37 @@ class Receiver:
     """
 
     def __init__(self):
+        super().__init__()
         self.bodies, self.answers, self.times, self.ids = [], [], [], []
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.times.append(time.monotonic())
-                receiver.ids.append(self.headers["X-Event-Id"])
-                answer = receiver.answers.pop(0) if receiver.answers else (200, {})
-                if answer == "cut":
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                if answer == "slow":
-                    receiver.released.wait(10)
-                    answer = (200, {})
-                status, headers = answer
-                if status == 200:
-                    receiver.bodies.append(json.loads(body))
-                with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(f"what {receiver.url} answers".encode())
-
-            def log_message(self, *_):
-                pass
-
         self.released = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}{PATH}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
+
+    @property
+    def url(self):
+        return super().url + PATH
+
+    def respond(self, request):
+        self.times.append(time.monotonic())
+        self.ids.append(request.headers["X-Event-Id"])
+        answer = self.answers.pop(0) if self.answers else (200, {})
+        if answer == "cut":
+            return None
+        if answer == "slow":
+            self.released.wait(10)
+            answer = (200, {})
+        status, headers = answer
+        if status == 200:
+            self.bodies.append(json.loads(request.body))
+        return status, f"what {self.url} answers".encode(), headers
 
     def stop(self):
         self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().stop()
 
 
 @pytest.fixture
 def receiver():
-    server = Receiver()
-    yield server
-    server.stop()
+    with Receiver() as server:
+        yield server
 
 
 def failing_run(folder, *, error="CUDA out of memory at https://user:hunter2@host/x"):
@@ -101,12 +84,6 @@ def failing_run(folder, *, error="CUDA out of memory at https://user:hunter2@hos
     yield StepEnd(state, 1, TrainingBatch(), {"loss": float("nan"), "lr": 0.25})
     yield TrainEnd(state, LoopArtifacts())
     yield RunEnd(ctx, RunResult(status="failed", error=error), ArmResult("ppo", status="failed", error=error))
-
-
-def record(journal, events):
-    with EventBus([], journal=journal) as bus:
-        for each in events:
-            bus.publish(each)
 
 
 def test_a_failed_run_is_posted_with_its_error_duration_and_last_metrics(receiver, tmp_path):
@@ -250,9 +227,12 @@ def test_the_url_is_in_no_file_no_log_and_no_repr(receiver, tmp_path, caplog):
 
 async def test_a_courier_that_was_rebuilt_still_knows_when_a_run_started(receiver, tmp_path, journal):
     events = [*failing_run(tmp_path)]
-    record(journal, events[:4])
-    await deliver(journal, WebhookSink(receiver.url))
-    record(journal, events[4:])
+    with EventBus([], journal=journal) as bus:
+        for each in events[:4]:
+            bus.publish(each)
+        await deliver(journal, WebhookSink(receiver.url))
+        for each in events[4:]:
+            bus.publish(each)
     await deliver(journal, WebhookSink(receiver.url))
     [body] = receiver.bodies
     assert body["metrics"]["lr"] == 0.25

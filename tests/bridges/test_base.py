@@ -9,7 +9,7 @@ import pytest
 
 from evsys_adapters.bridges import RunBridge, isolated
 from evsys_bus import Checkpoint, ConfigUpdate, Eval, EvsysBusError, RunEnd, RunStart, StepEnd, TrainStart
-from support.journals import read_events
+from support.journals import events_of
 from support.programs import run_python
 
 OPTIONS = {"environment": False, "output": False}
@@ -37,10 +37,6 @@ class Hook:
     def on_log(self, metrics, step):
         self.bridge.log(metrics, step)
         return "logged"
-
-
-def events_of(run_dir, *kinds):
-    return [event for event in read_events(run_dir / "journal") if isinstance(event, kinds)]
 
 
 def status_of(run_dir):

@@ -16,8 +16,8 @@ from evsys_adapters.bridges.step_bridge import StepBridge
 from evsys_adapters.bridges.tensorboard import SummaryWriter
 from evsys_adapters.bridges.tinker_cookbook import EvsysBusLogger as TinkerLogger
 from evsys_adapters.bridges.torchtune import EvsysBusLogger as TorchtuneLogger
-from evsys_bus import Content, Eval, RunEnd, StepEnd, TrainStart, build_callbacks, read
-from support.journals import read_events
+from evsys_bus import Content, Eval, RunEnd, TrainStart, build_callbacks, read
+from support.journals import events_of, rows_of
 
 OPTIONS = {"environment": False, "output": False}
 
@@ -31,14 +31,6 @@ def run_dir(tmp_path):
 def writer(run_dir):
     with SummaryWriter(run_dir, **OPTIONS) as writer:
         yield writer
-
-
-def events_of(run_dir, *kinds):
-    return [event for event in read_events(run_dir / "journal") if isinstance(event, kinds)]
-
-
-def rows_of(run_dir):
-    return [(each.step_idx, each.metrics) for each in events_of(run_dir, StepEnd)]
 
 
 def test_the_tags_of_a_step_are_one_row_in_every_form_of_the_call(writer, run_dir):

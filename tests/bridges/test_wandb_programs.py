@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from evsys_adapters.bridges import wandb
-from evsys_bus import Alert, ConfigUpdate, Content, Eval, RunEnd, RunStart, StepEnd, Summary, TrainStart, read
-from support.journals import read_events
+from evsys_bus import Alert, ConfigUpdate, Content, Eval, RunEnd, RunStart, Summary, TrainStart, read
+from support.journals import events_of, rows_of
 
 OPTIONS = {"environment": False, "output": False}
 
@@ -27,14 +27,6 @@ def init(tmp_path):
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "p" / "n"
-
-
-def events_of(run_dir, *kinds):
-    return [event for event in read_events(run_dir / "journal") if isinstance(event, kinds)]
-
-
-def rows_of(run_dir):
-    return [(each.step_idx, each.metrics) for each in events_of(run_dir, StepEnd)]
 
 
 def content_of(run_dir):

@@ -149,7 +149,7 @@ def test_the_run_of_a_state_and_of_a_context_is_found_by_their_attributes(tmp_pa
         bus.publish(StepEnd(HostLoop(ctx=ctx), 0, None, {"loss": 0.5}))
         bus.publish(StepEnd(SimpleNamespace(step=0, output_dir="/exp/narrow"), 0, None, {"loss": 0.5}))
         bus.publish(StepEnd(HostLoop(ctx=handle(output_dir=tmp_path, run_key=None)), 0, None, {"loss": 0.5}))
-    assert [each.run for each in read_envelopes(tmp_path / "journal")] == ["wide", "wide", "narrow", "wide"]
+    assert [each.run for each in read_envelopes(tmp_path / "journal")] == ["wide", "wide", "narrow", "wide", "wide"]
 
 
 def test_a_relative_folder_of_a_hosts_state_is_where_it_was_when_it_was_recorded(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_only_the_first_event_of_a_run_on_record_carries_its_context(tmp_path):
 
     for first in range(len(events)):
         assert carry(*events[first:]) == [True] + [False] * (len(events) - first - 1)
-    assert carry(RunStart(state.ctx), TrainStart(state), *events) == [False] * 8
+    assert carry(RunStart(state.ctx), TrainStart(state), *events) == [False] * 9  # with the implied end of the run
     assert carry(TrainStart(state), *events) == [True] + [False] * 6
     bare = LoopState(0, 9, tmp_path / "a-s0")
     assert carry(TrainStart(bare), StepEnd(bare, 0, None, {})) == [False] * 2

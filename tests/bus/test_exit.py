@@ -2,8 +2,22 @@
 
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
+
+from evsys_bus import (
+    ArmResult,
+    EventBus,
+    LogContext,
+    LoopState,
+    RunEnd,
+    RunResult,
+    RunStart,
+    TrainEnd,
+    TrainStart,
+)
+from support.journals import read_envelopes
 
 PROGRAM = """
     import asyncio, os, sys, time
@@ -499,3 +513,38 @@ def test_a_bus_is_left_although_no_more_files_can_be_opened_to_import_anything_w
     )
     out, err = process.communicate(timeout=15)
     assert (process.returncode, out) == (0, "0\n"), err
+
+
+def test_a_run_that_was_started_by_its_event_is_ended_with_the_bus(tmp_path):
+    def ends(path):
+        found = [each.event for each in read_envelopes(path) if isinstance(each.event, TrainEnd | RunEnd)]
+        assert all(each.run_result.implied for each in found if isinstance(each, RunEnd))
+        return [(type(each), each.run_result.status if isinstance(each, RunEnd) else None) for each in found]
+
+    def leave(folder, error=None):
+        ctx = LogContext(tmp_path, run_key="a")
+        state = LoopState(0, 9, ctx.run_dir, ctx=ctx)
+        with suppress(BaseException), EventBus(journal=tmp_path / folder) as bus:
+            bus.publish(RunStart(ctx))
+            bus.publish(TrainStart(state))
+            if error is not None:
+                raise error
+        return ends(tmp_path / folder)
+
+    assert leave("clean") == [(TrainEnd, None), (RunEnd, "completed")]
+    assert leave("raises", ValueError("nan")) == [(TrainEnd, None), (RunEnd, "failed")]
+    assert leave("interrupted", KeyboardInterrupt()) == [(TrainEnd, None), (RunEnd, "cancelled")]
+    assert leave("exits", SystemExit(2)) == [(TrainEnd, None), (RunEnd, "failed")]
+
+
+def test_a_run_whose_end_was_published_is_not_ended_again(tmp_path):
+    one, two = (LogContext(tmp_path, run_key=key) for key in "ab")
+    with EventBus(journal=tmp_path / "journal") as bus:
+        for ctx in (one, two):
+            bus.publish(RunStart(ctx))
+        bus.publish(RunEnd(one, RunResult(status="failed"), ArmResult("a", status="failed")))
+    ends = [each for each in read_envelopes(tmp_path / "journal") if type(each.event) is RunEnd]
+    assert [(each.run, each.event.run_result.status, each.event.run_result.implied) for each in ends] == [
+        ("a", "failed", False),
+        ("b", "completed", True),
+    ]

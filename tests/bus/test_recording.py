@@ -1,5 +1,6 @@
 """What a bus with a journal promises: when `publish` has returned, the event outlives the process."""
 
+import math
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from evsys_bus import (
     LoopArtifacts,
     LoopState,
     ManifestRow,
+    Metrics,
     RunEnd,
     RunResult,
     RunStart,
@@ -28,10 +30,12 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.bus.recorder import rank_from_environment
+from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult
 from evsys_bus.errors import JournalOpenError, UnrecordedError
 from evsys_bus.events import declared_events
-from evsys_bus.journal import JournalWriter, verify
+from evsys_bus.journal import JournalReader, JournalWriter, verify
+from evsys_bus.testing import SimulatedDisk
 from support.journals import read_envelopes
 from support.waiting import wait_until
 
@@ -54,9 +58,9 @@ def test_every_event_is_on_record_in_order_with_its_run_and_what_hooks_added(tmp
         bus.publish(step_end(0, loss=1.0))
         bus.publish(BenchmarkEval(ctx, EvalResult("val", metrics={"acc": 0.5}), [{"task_id": "1"}], 0))
         assert bus.health().journal.recorded == 3
-    assert bus.receipt.recorded == 3
+    assert bus.receipt.recorded == 4, "the end of the run is implied"
     assert bus.receipt.unrecorded == 0
-    start, step, benchmark = read_envelopes(tmp_path / "journal")
+    start, step, benchmark, _ = read_envelopes(tmp_path / "journal")
     assert [each.seq for each in (start, step, benchmark)] == [1, 2, 3]
     assert {each.rank for each in (start, step, benchmark)} == {3}
     assert (start.run, step.run, benchmark.run) == ("a-s0", tmp_path.name, "a-s0")
@@ -378,7 +382,7 @@ def test_a_new_segment_begins_with_the_starts_of_the_runs_still_open(tmp_path, s
     last = max((tmp_path / "journal").rglob("*.seg"))
     assert b"run_start" in last.read_bytes()
     assert b"b-s0" not in last.read_bytes()
-    assert [each.seq for each in read_envelopes(tmp_path / "journal")] == list(range(1, 57))
+    assert [each.seq for each in read_envelopes(tmp_path / "journal")] == list(range(1, 59))
 
 
 @pytest.mark.parametrize(
@@ -395,3 +399,122 @@ def test_without_a_journal_nothing_is_written(tmp_path, step_end):
         assert bus.health().journal is None
     assert (bus.receipt.recorded, bus.receipt.journal) == (0, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def tags_and_steps(directory):
+    return [(type(each.event).__name__, each.event.step_idx) for each in read_envelopes(directory)]
+
+
+def test_a_row_and_the_next_part_are_recorded_in_this_order_by_one_write_and_both_are_counted(state):
+    disk, hooked = SimulatedDisk(), []
+
+    class Hooked(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            hooked.append(step_idx)
+
+    journal = JournalWriter("/journal", disk=disk, flush_seconds=math.inf)
+    with EventBus([Hooked()], journal=journal) as bus:
+        bus.publish_row(StepEnd(state, 0, TrainingBatch(), {"a": 0.0}), Metrics(state, 1, {"a": 1.0}))
+        before = disk.calls
+        for step in range(1, 10):
+            row = StepEnd(state, step, TrainingBatch(), {"a": float(step)})
+            bus.publish_row(row, Metrics(state, step + 1, {"a": step + 1.0}))
+        assert disk.calls - before == 9
+        assert bus.health().published == {"step_end": 10, "run.metrics": 10}
+        assert bus.health().journal.recorded == 20
+    assert hooked == [*range(10)]
+    events = [decode(each.payload).event for each in JournalReader("/journal", disk).read(journal.stream)]
+    assert [type(each) for each in events] == [StepEnd, Metrics] * 10
+    assert [each.step_idx for each in events] == [0, *(step for step in range(1, 10) for _ in range(2)), 10]
+    assert all(each.metrics == {"a": float(each.step_idx)} for each in events)
+
+
+def test_a_part_that_is_published_with_a_row_calls_its_hooks_after_those_of_the_row(tmp_path, state):
+    class Hooked(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            calls.append(("row", step_idx))
+
+        def on_metrics(self, state, step_idx, metrics):
+            calls.append(("part", step_idx))
+
+    calls, second = [], Hooked()
+    with EventBus([], journal=tmp_path) as bus:
+        for step in range(3):
+            if step == 1:
+                bus.add(second)
+            if step == 2:
+                bus.remove(second)
+            bus.publish_row(StepEnd(state, step), Metrics(state, step + 1, {}))
+    assert calls == [("row", 1), ("part", 2)]
+    assert tags_and_steps(tmp_path) == [
+        (name, n + i) for n in range(3) for i, name in enumerate(("StepEnd", "Metrics"))
+    ]
+
+
+def test_a_row_and_the_next_part_are_published_without_a_journal_and_by_the_publish_of_a_subclass(tmp_path, state):
+    class Counts(EventBus):
+        def publish(self, event):
+            published.append(type(event))
+            super().publish(event)
+
+    published = []
+    with EventBus([]) as bus:
+        bus.publish_row(StepEnd(state, 0), Metrics(state, 1, {}))
+        assert bus.health().published == {"step_end": 1, "run.metrics": 1}
+    with Counts([], journal=tmp_path) as bus:
+        bus.publish_row(StepEnd(state, 0), Metrics(state, 1, {}))
+    assert published == [StepEnd, Metrics]
+    assert tags_and_steps(tmp_path) == [("StepEnd", 0), ("Metrics", 1)]
+
+
+def test_a_row_and_the_next_part_that_a_hook_publishes_are_recorded_after_the_event_of_the_hook(tmp_path, state):
+    class Publishes(Callback):
+        def on_eval(self, state, step_idx, name, metrics):
+            bus.publish_row(StepEnd(state, 0), Metrics(state, 1, {}))
+
+    with EventBus([Publishes()], journal=tmp_path) as bus:
+        bus.publish(Eval(state, 5, "val", {}))
+    assert tags_and_steps(tmp_path) == [("Eval", 5), ("StepEnd", 0), ("Metrics", 1)]
+
+
+def test_an_interrupt_in_a_hook_of_a_row_reaches_the_caller_once_row_and_next_part_are_recorded(tmp_path, state):
+    class Interrupted(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            raise KeyboardInterrupt
+
+    with EventBus([Interrupted()], journal=tmp_path) as bus:
+        with pytest.raises(KeyboardInterrupt):
+            bus.publish_row(StepEnd(state, 0), Metrics(state, 1, {}))
+        assert tags_and_steps(tmp_path) == [("StepEnd", 0), ("Metrics", 1)]
+
+
+def test_eight_threads_that_publish_rows_with_next_parts_lose_and_repeat_nothing(tmp_path, state):
+    def publish(first):
+        for step in range(first, first + 300):
+            bus.publish_row(StepEnd(state, step), Metrics(state, step, {"a": float(step)}))
+
+    with EventBus([], journal=tmp_path) as bus:
+        threads = [threading.Thread(target=publish, args=(first,)) for first in range(0, 2_400, 300)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert bus.health().published == {"step_end": 2_400, "run.metrics": 2_400}
+    found = tags_and_steps(tmp_path)
+    assert sorted(found) == sorted((name, step) for name in ("StepEnd", "Metrics") for step in range(2_400))
+    assert all(found.index(("StepEnd", step)) < found.index(("Metrics", step)) for step in range(0, 2_400, 50))
+
+
+@pytest.mark.parametrize("changes", [{}, {"b": 2.0}, {"a": 7.0}, {"a": "text"}, {"a": None}, {"a": [1.0, 2.0]}])
+def test_a_row_of_one_part_is_recorded_as_its_hooks_have_left_it(tmp_path, state, changes):
+    class Changes(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            metrics.update(changes)
+
+    with EventBus([Changes()], journal=tmp_path) as bus:
+        for step in range(6):
+            part = {"a": float(step)}
+            bus.publish(Metrics(state, step, part))
+            bus.publish(StepEnd(state, step, TrainingBatch(), {**part}))
+    rows = [each.event.metrics for each in read_envelopes(tmp_path) if isinstance(each.event, StepEnd)]
+    assert rows == [{"a": float(step)} | changes for step in range(6)]

@@ -280,6 +280,30 @@ def on_a_terminal(arguments, folder, *, columns, rows, **environment):
     return written.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.parametrize("progress", ["plain", "json", "live"])
+def test_what_the_runs_print_is_kept_beside_them_without_the_progress(folder, evsys_bus, progress):
+    line = ["run", "sweep.yaml", "--arm", "calm", "--seed", "0"]
+    if progress == "live":
+        written, code = on_a_terminal(line, folder, columns=100, rows=24)
+    else:
+        done = evsys_bus(*line, "--progress", progress, *(["--json"] if progress == "json" else []))
+        written, code = done.stdout + done.stderr, done.returncode
+    assert code == 0
+    output = (folder / "runs" / "sweep" / "output.log").read_text()
+    printed = [each for each in output.splitlines() if each.startswith("calm-s0  step ")]
+    assert len(printed) == 3, output
+    assert output.splitlines() == printed, "neither lines of progress nor a table"
+    assert all(each in written for each in printed)
+    assert printed[0] in evsys_bus("logs", "runs/sweep", "--all").stdout
+
+
+def test_no_output_keeps_nothing_of_what_the_runs_print(folder, evsys_bus):
+    done = evsys_bus("run", "sweep.yaml", "--arm", "calm", "--seed", "0", "--no-output")
+    assert done.returncode == 0
+    assert "step " in done.stdout
+    assert not (folder / "runs" / "sweep" / "output.log").exists()
+
+
 @pytest.mark.parametrize(("columns", "sd"), [(120, True), (60, False)])
 def test_on_a_terminal_a_table_redraws_itself_and_printed_lines_pass_above_it(folder, columns, sd):
     arguments = ["run", "sweep.yaml", "--set", "run.seconds=0.02"]

@@ -29,7 +29,7 @@ def record(tmp_path):
 
     def record(config):
         with EventBus([], journal=tmp_path / "journal") as bus:
-            bus.publish(RunStart(LogContext(tmp_path).for_run("a", run_config=config)))
+            bus.publish(RunStart(LogContext(tmp_path, run_config=config)))
         [*_, envelope] = read_envelopes(tmp_path / "journal")
         return envelope.event.ctx.run_config, envelope.replaced
 

@@ -70,6 +70,16 @@ def run_of(store):
     return run
 
 
+def run_named(store, key):
+    (run,) = [
+        run.id
+        for each in store.catalogue.records.experiments()
+        for run in store.catalogue.records.runs(each.id)
+        if run.key == key
+    ]
+    return run
+
+
 def experiment_of(store):
     (record,) = store.catalogue.records.experiments()
     return record
@@ -395,6 +405,15 @@ class TestRunFacts:
         assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
         assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
 
+    def test_an_annotation_belongs_to_the_run_of_its_time_where_two_have_the_name(self, store):
+        for root, start in (("/runs/old", START), ("/runs/new", START + 1_000)):
+            train(Delivery(store, f"r0-{start}", start=start), context(root))
+        for time in (START + 10, START + 1_010):
+            Delivery(store, f"c0-{time}", start=time).send(RunAnnotated("a-s0", {"url": time}))
+        experiments = store.catalogue.records.experiments()
+        urls = [run.extras["url"] for each in experiments for run in store.catalogue.records.runs(each.id)]
+        assert urls == [START + 10, START + 1_010]
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(
@@ -407,7 +426,7 @@ class TestRunFacts:
             StepEnd(state, 2, metrics={"loss": 2.0}),
         )
         assert store.catalogue.unreadable_events
-        assert points(store, store.catalogue.records.find("run key", "a-s0"), "train/loss") == {2: 2.0}
+        assert points(store, run_of(store).id, "train/loss") == {2: 2.0}
 
 
 CONFIG = {
@@ -459,7 +478,7 @@ class TestPredictions:
     def send(self, store, delivery, count=10, right=lambda n: n % 2 == 0, key="a-s0"):
         ctx = context(key=key)
         delivery.send(BenchmarkEval(ctx, EvalResult("gsm", "b1", {"pass": 0.5}), self.predictions(count, right)))
-        (row,) = store.catalogue.evals.of_run(store.catalogue.records.find("run key", key))
+        (row,) = store.catalogue.evals.of_run(run_named(store, key))
         return row
 
     def test_pages_follow_one_another_without_gap(self, store, delivery):
@@ -502,16 +521,29 @@ class TestPredictions:
             "searched": 10,
         }
 
+    def test_a_search_finds_texts_with_quotes_and_no_names_of_fields(self, store, delivery):
+        rows = [{"output": 'he "said" \\ so'}, {"said": 1}, {"metadata": {"a": "deep Word"}}, {"output": "é" * 500}]
+        delivery.send(BenchmarkEval(context(), EvalResult("gsm"), rows))
+        (row,) = store.catalogue.evals.of_run(only_run(store))
+        ids = [row.id << 24 | n for n in range(4)]
+        expected = {'"SAID" \\': [ids[0]], "said": [ids[0]], "word": [ids[2]], "É" * 400: [ids[3]]}
+        for text, found in expected.items():
+            page = store.catalogue.evals.predictions(row.id, filter={"text": text})
+            assert [each["id"] for each in page["rows"]] == found, text
+
     def test_a_search_without_a_match_ends_after_fifty_thousand_and_goes_on_from_there(self, store, delivery):
         rows = [{"task_id": n, "reward": 0.0} for n in range(50_010)] + [{"task_id": "last", "reward": 1.0}]
         evals = store.catalogue.evals
         delivery.send(StepEnd(state_of(context()), 0))
         with store.transaction():
             id_ = evals.add(only_run(store), 0, "benchmark", "big", None, START, {}, rows)
-        for conditions in ({"min_reward": 0.5}, {"text": "last"}):
-            page = evals.predictions(id_, limit=5, filter=conditions)
-            assert (page["rows"], page["searched"]) == ([], 50_000)
-            page = evals.predictions(id_, page["next"], limit=5, filter=conditions)
+        for conditions, ends in (({"min_reward": 0.5}, [50_000]), ({"text": "LAST"}, [20_000, 40_000])):
+            after = None
+            for end in ends:
+                page = evals.predictions(id_, after, limit=5, filter=conditions)
+                assert (page["rows"], page["searched"]) == ([], end)
+                after = page["next"]
+            page = evals.predictions(id_, after, limit=5, filter=conditions)
             assert ([row["task_id"] for row in page["rows"]], page["next"], page["searched"]) == (
                 ["last"],
                 None,

@@ -110,6 +110,7 @@ def test_the_list_of_experiments_has_counts_progress_and_a_headline_with_its_cur
         "rule": "success metric",
         "value": 1.0,
         "arm": "low",
+        "spark_name": "train/loss",
         "spark": [3.0, 2.0, 1.0],
     }
     assert row["last_event"] == delivery.time - 1
@@ -222,6 +223,21 @@ class TestHeadlines:
         assert page["headlines"][0]["name"] == "gsm/accuracy"
         assert page["runs"][0]["values"] == [0.75]
 
+    def test_until_the_deciding_metric_is_there_the_next_one_marks_an_arm(self, store, delivery):
+        ctx = start(delivery, {**CONFIG, "success_metric": {"name": "gsm/accuracy"}})
+        for arm, loss in (("low", 2.0), ("high", 1.0)):
+            train(delivery, arm_context(ctx, arm, 0), [loss, loss])
+        assert [arm["winner"] for arm in page_of(store)["arms"]] == [False, True]
+        for arm, accuracy in (("low", 0.9), ("high", 0.5)):
+            delivery.send(
+                BenchmarkEval(arm_context(ctx, arm, 0), EvalResult("gsm", metrics={"accuracy": accuracy}), [])
+            )
+        assert [arm["winner"] for arm in page_of(store)["arms"]] == [True, False]
+        (row,) = pages.home(store, NOW)["experiments"]
+        headline = row["headline"]
+        assert (headline["name"], headline["value"], headline["arm"]) == ("gsm/accuracy", 0.9, "low")
+        assert (headline["spark_name"], headline["spark"]) == ("train/loss", [2.0, 2.0])
+
     def test_a_value_that_is_nan_is_null_and_counted(self, store, delivery):
         for key, loss in (("a-s0", 1.0), ("a-s1", math.nan)):
             train(delivery, context(key=key, config={"arm": "a", "seed": int(key[-1])}), [loss])
@@ -231,6 +247,13 @@ class TestHeadlines:
 
 
 class TestMetrics:
+    def test_the_largest_numbers_do_not_break_the_page(self, store, delivery):
+        for arm, seed, value in (("a", 0, 1.7e308), ("a", 1, 1.7e308), ("b", 0, -1.7e308), ("b", 1, 1e200)):
+            ctx = context(key=f"{arm}-s{seed}", config={"arm": arm, "seed": seed})
+            delivery.send(RunStart(ctx), StepEnd(state_of(ctx), 0, metrics={"loss": value, "x": value}))
+        page = msgspec.json.decode(msgspec.json.encode(page_of(store)))
+        assert len(page["metrics"]) == 2
+
     def test_metrics_come_by_meaning_and_constants_last(self, store, delivery):
         for arm, offset in (("a", 0.0), ("b", 10.0)):
             for seed in (0, 1):

@@ -18,6 +18,7 @@ from evsys_bus import (
     LogContext,
     LoopArtifacts,
     LoopState,
+    Metrics,
     RunStart,
     Sink,
     StepEnd,
@@ -32,7 +33,7 @@ from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog
-from evsys_bus.errors import CourierBusyError
+from evsys_bus.errors import CourierBusyError, RetryLaterError
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsClock, OsDisk, Position
 from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import DeliveryStatus
@@ -792,6 +793,73 @@ async def test_finish_ends_although_a_writer_is_alive_and_writing(journal, strea
     await deliver(journal, kept)
     assert kept.numbers == list(range(1, 14))
     assert JournalReader(journal).is_live(stream.name)
+
+
+def rows(kept):
+    return [(each.event.step_idx, each.event.metrics) for each in kept.envelopes if isinstance(each.event, StepEnd)]
+
+
+def add_killed_training(stream, next_step):
+    """Steps 0 and 1, two parts of step 2, and then, in the same stream, the training that goes on from a step."""
+    stream.run(0, 1)
+    stream.add(Metrics(stream.state, 2, {"a": 2.0}))
+    stream.add(Metrics(stream.state, 2, {"b": 2.5}))
+    stream.run(*range(next_step, 5))
+
+
+LOSS = {"loss": 0.5}
+
+
+async def test_a_row_that_a_kill_left_open_is_delivered_although_the_training_goes_on_in_the_same_stream(
+    journal, stream
+):
+    add_killed_training(stream, 3)
+    kept = Kept()
+    courier = await deliver(journal, kept)
+    assert rows(kept) == [(0, LOSS), (1, LOSS), (2, {"a": 2.0, "b": 2.5}), (3, LOSS), (4, LOSS)]
+    assert counted(courier) == (10, 0, 0)
+    again = Kept()
+    await deliver(journal, again)
+    assert rows(again) == []
+
+
+async def test_a_row_that_a_kill_left_open_comes_before_the_start_of_the_training_that_makes_it_anew(journal, stream):
+    add_killed_training(stream, 2)
+    kept = Kept()
+    await deliver(journal, kept)
+    assert rows(kept) == [(0, LOSS), (1, LOSS), (2, {"a": 2.0, "b": 2.5}), (2, LOSS), (3, LOSS), (4, LOSS)]
+    kinds = [type(each.event) for each in kept.envelopes]
+    assert kinds[kinds.index(Metrics) :][:5] == [Metrics, Metrics, StepEnd, RunStart, TrainStart]
+
+
+async def test_a_row_of_a_run_that_is_open_is_not_complete_because_another_run_starts_in_its_stream(journal, stream):
+    stream.run(0)
+    stream.add(Metrics(stream.state, 1, {"a": 1.0}))
+    stream.add(RunStart(LogContext(output_dir=Path("/out"), run_key="run-b")), "run-b")
+    stream.add(TrainStart(stream.state))  # after a hook of the run's start has logged
+    stream.add(Metrics(stream.state, 1, {"b": 1.5}))
+    stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))
+    kept = Kept()
+    await deliver(journal, kept)
+    assert rows(kept) == [(0, LOSS), (1, {"a": 1.0, "b": 1.5})]
+
+
+async def test_a_row_that_a_kill_left_open_waits_for_the_next_courier_if_its_receiver_cannot_take_it(journal, stream):
+    class Full(Kept):
+        async def deliver(self, batch, sizes):
+            if any(isinstance(each.event, StepEnd) and each.event.step_idx == 2 for each in batch):
+                raise RetryLaterError("no room")
+            return await super().deliver(batch, sizes)
+
+    add_killed_training(stream, 3)
+    full = Full()
+    with pytest.raises(RetryLaterError):
+        await deliver(journal, full)
+    assert rows(full) == [(0, LOSS), (1, LOSS)]
+    kept = Kept()
+    await deliver(journal, kept)
+    assert (2, {"a": 2.0, "b": 2.5}) in rows(kept)
+    assert {step for step, _ in rows(kept)} >= {2, 3, 4}
 
 
 class Samples(Event, frozen=True):

@@ -44,6 +44,7 @@ def test_these_seeds_are_of_the_draw_that_they_failed_in():
             id="one of two notes was not written, and its file not restored to the mark of the cursor",
             marks=pytest.mark.long,
         ),
+        pytest.param(10507, id="a version of a file that was undone came back with a power cut, and was restored"),
     ],
 )
 def test_a_seed_that_failed_once(seed):

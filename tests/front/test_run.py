@@ -243,6 +243,46 @@ def test_sigterm_ends_a_run_as_cancelled(tmp_path):
     assert end.run_result.status == "cancelled"
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "text"),
+    [
+        ("", "completed", None),
+        ("sys.exit()", "completed", None),
+        ("sys.exit(0)", "completed", None),
+        ("sys.exit(3)", "failed", "exit code 3"),
+        ("sys.exit('no data')", "failed", "exit code 1"),
+        ("sys.exit(130)", "cancelled", None),
+        ("raise ValueError('nan')", "failed", "ValueError: nan"),
+        ("raise KeyboardInterrupt", "cancelled", None),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "cancelled", None),
+    ],
+)
+def test_a_program_that_never_closes_its_run_ends_it_as_it_ends_itself(tmp_path, end, status, text):
+    code = (
+        "import evsys_bus, os, signal, sys\n"
+        f"run = evsys_bus.run({str(tmp_path / 'a')!r}, environment=False, output=False).start()\n"
+        f"run.log({{'a': 1.0}}, step=1)\n{end}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True)
+    ends = [each.event.run_result for each in read_envelopes(tmp_path / "a" / "journal") if type(each.event) is RunEnd]
+    assert [(each.status, each.implied) for each in ends] == [(status, True)], done.stderr
+    error = tmp_path / "a" / "error.txt"
+    assert error.exists() == (text is not None)
+    assert text is None or text in error.read_text()
+
+
+def test_an_exit_that_a_program_catches_before_it_opens_its_run_does_not_count(tmp_path):
+    code = (
+        "import evsys_bus, sys\n"
+        f"evsys_bus.run({str(tmp_path / 'a')!r}, environment=False, output=False).start().close()\n"
+        "try:\n    sys.exit(2)\nexcept SystemExit:\n    pass\n"
+        f"evsys_bus.run({str(tmp_path / 'b')!r}, environment=False, output=False).start()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+    end = read_envelopes(tmp_path / "b" / "journal")[-1].event
+    assert end.run_result.status == "completed"
+
+
 def test_async_with_works_the_same(tmp_path):
     rows = Rows()
 

@@ -316,6 +316,68 @@ def test_told_to_raise_it_raises_and_gives_the_sequence_again():
     assert verify("/journal", disk).is_intact
 
 
+def append_pairs(writer: JournalWriter, pairs: int) -> None:
+    append_pair = writer.make_pair_appender(*[lambda event, sequence, _: payload(sequence)] * 2)
+    for _ in range(pairs):
+        append_pair(None, None, 0.0)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("flush", ["interval", "always"])
+def test_whichever_call_fails_two_events_of_one_write_are_on_record_once_and_in_order(flush, code):
+    number = calls = 0
+    while number <= calls:
+        disk = SimulatedDisk()
+        writer = JournalWriter(
+            "/journal", disk=disk, flush=flush, segment_bytes=150, flush_seconds=math.inf, reserve_bytes=64
+        ).open()
+        disk.fail(disk.calls + number, code)  # 0: none
+        before = disk.calls
+        append_pairs(writer, 7)
+        calls, number = calls or disk.calls - before, number + 1
+        assert (writer.recorded + writer.unrecorded, writer.lost) == (14, 0), number
+        assert writer.close()
+        assert read(disk, writer.stream) == list(range(1, 15)), number
+        assert verify("/journal", disk).is_intact
+    assert number > 7
+
+
+@pytest.mark.parametrize("on_unrecorded", ["queue", "raise"])
+def test_two_events_of_one_write_of_which_the_disk_takes_any_share_are_recorded_once_there_is_room(on_unrecorded):
+    for room in range(80):
+        disk = SimulatedDisk()
+        writer = JournalWriter(
+            "/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=0, on_unrecorded=on_unrecorded
+        ).open()
+        append_pairs(writer, 1)
+        disk.room = room
+        refused = False
+        try:
+            append_pairs(writer, 1)
+        except UnrecordedError:
+            refused = True
+        recorded = writer.recorded
+        assert writer.unrecorded == (4 - recorded if on_unrecorded == "queue" else 0), room
+        assert refused == (recorded < 4 and on_unrecorded == "raise"), room
+        assert read(disk, writer.stream) == list(range(1, recorded + 1)), room
+        disk.room = None
+        append_pairs(writer, 1)
+        total = 6 if on_unrecorded == "queue" else recorded + 2
+        assert read(disk, writer.stream) == list(range(1, total + 1)), room
+        assert writer.close()
+        assert verify("/journal", disk).is_intact
+
+
+def test_two_events_of_one_write_are_one_call_of_the_disk():
+    disk = SimulatedDisk()
+    writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf).open()
+    append_pairs(writer, 1)  # begins the segment
+    before = disk.calls
+    append_pairs(writer, 3)
+    assert disk.calls - before == 3
+    assert writer.close()
+
+
 def test_after_a_failed_sync_the_segment_takes_no_more(caplog):
     disk = SimulatedDisk()
     writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf).open()

@@ -47,6 +47,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
     "evsys_bus/bus/delivery_log.py": "what stands in the couriers' log; the program's streams and handlers",
     "evsys_bus/bus/delivery_manager.py": "looks at files and couriers; what cannot be read is unknown",
+    "evsys_bus/delivery/status_recorder.py": "files and streams of status records; deliveries continue",
     "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
     "evsys_bus/delivery/callback_receiver.py": "followed hooks",
     "evsys_bus/delivery/process_log.py": "code of what is logged",

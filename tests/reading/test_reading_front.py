@@ -96,3 +96,17 @@ def test_samples_of_the_machine_are_by_time_and_apart_from_the_rows(tmp_path):
     assert [list(each) for each in read.system["cpu/percent"]] == [[10.0, 25.0], [0.25, 0.75]]
     assert rows_of(read) == {0: {"loss": 1.0}}
     assert (read.started.year, read.state) == (read.ended.year, "completed")
+
+
+def test_epochs_are_read_in_order_each_once_and_those_that_a_resumed_training_makes_anew_as_it_made_them(tmp_path):
+    for first, last, loss in ((0, 6, 1.0), (4, 8, 2.0)):
+        run = evsys_bus.run(tmp_path / "a", first_step=first, output=False, environment=False).start()
+        for step in run.steps(last):
+            run.log({"loss": loss})
+            if step % 2:
+                run.epoch_end(step // 2, {"val_loss": loss + step})
+        run.close("cancelled")
+    epochs = evsys_bus.read(tmp_path / "a").epochs
+    expected = [(0, {"val_loss": 2.0}), (1, {"val_loss": 4.0}), (2, {"val_loss": 7.0}), (3, {"val_loss": 9.0})]
+    assert [(each.epoch, each.metrics) for each in epochs] == expected
+    assert [each.time for each in epochs] == sorted(each.time for each in epochs)

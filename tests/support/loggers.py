@@ -10,6 +10,7 @@ import time
 from evsys_bus import LoopState, TrainingBatch, TrainStart
 from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, EvalResult, LogContext, LoopArtifacts, RunResult
+from evsys_bus.front.media import store_content
 from evsys_bus.journal import JournalReader
 
 PROGRAM = """
@@ -81,6 +82,11 @@ class Run:
     def benchmark(self, step, name="tasks", predictions=(), **metrics):
         result = EvalResult(name, metrics=metrics)
         self.logger.on_benchmark_eval(self.ctx, result, list(predictions), step=step)
+
+    def content(self, kind, name, value, step=None, **options):
+        item = store_content(self.ctx.run_dir, kind, name, value, **options)
+        self.logger.on_content(self.state, step, item)
+        return item
 
     def end(self):
         self.logger.on_train_end(self.state, LoopArtifacts())

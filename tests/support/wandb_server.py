@@ -6,7 +6,6 @@ reader that W&B had up to 0.24 was removed.
 
 import asyncio
 import contextlib
-import gzip
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,27 +26,24 @@ from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader
 from support import loggers
+from support.http_server import HttpServer
 from support.programs import running_processes
 
 KEY = "a" * 40
 
 
-class WandbServer(ThreadingHTTPServer):
+class WandbServer(HttpServer):
     """The part of W&B that its own client needs; responds with ``status`` while that is an error.
 
     While ``listens`` is not set it accepts connections and does not respond.
     """
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), RequestHandler)
+        super().__init__()
         self.status = 200
         self.refusal = None
         """The error message with which it refuses every run; None accepts them."""
         self.request_count = 0
-        self.received = []
-        """The path, the headers and the decompressed body of each request, as bytes."""
         self.lines = {}
         self.runs = {}
         self.files = {}
@@ -61,16 +56,23 @@ class WandbServer(ThreadingHTTPServer):
         self.listens.set()
         self.lock = threading.Lock()
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
     def rows(self, run):
         """Return the history of a run as it was sent."""
         found = self.lines.get(run, {})
         return [json.loads(found[number]) for number in sorted(found)]
 
-    def respond(self, path, body):
+    def respond(self, request):
+        self.listens.wait()
+        with self.lock:
+            self.request_count += 1
+            reply = self._result_of(request.path, request.body) if self.status == 200 else {"error": "not today"}
+            return self.status, json.dumps(reply).encode(), {"Content-Type": "application/json"}
+
+    def stop(self):
+        self.listens.set()
+        super().stop()
+
+    def _result_of(self, path, body):
         if path.endswith("/file_stream"):
             files = json.loads(body).get("files", {})
             part = files.get("wandb-history.jsonl", {"content": []})
@@ -107,35 +109,6 @@ class WandbServer(ThreadingHTTPServer):
         return {"data": {"serverInfo": {"features": []}, "viewer": {"id": "x", "entity": "team", "flags": "{}"}}}
 
 
-class RequestHandler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        self.server.listens.wait()
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        if self.headers.get("content-encoding") == "gzip":
-            body = gzip.decompress(body)
-        head = "\n".join([self.path, *(f"{name}: {value}" for name, value in self.headers.items())])
-        with self.server.lock:
-            self.server.request_count += 1
-            self.server.received.append(b"%b\n%b" % (head.encode(), body))
-            status = self.server.status
-            reply = self.server.respond(self.path, body) if status == 200 else {"error": "not today"}
-        data = json.dumps(reply).encode()
-        with contextlib.suppress(OSError):  # a client that was killed
-            self._send(status, data)
-
-    def _send(self, status, data):
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_PUT = do_GET = do_POST  # noqa: N815 # http.server's names
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Run a W&B server, and remove the W&B settings of the user who runs the test."""
@@ -146,15 +119,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))  # for its logs
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with server:
         yield server
-    finally:
-        server.listens.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture

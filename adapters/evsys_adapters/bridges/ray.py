@@ -35,7 +35,7 @@ class EvsysBusLogger(LoggerCallback):
 
     Args:
         path: The directory of the runs. Default: ``EVSYS_BUS_RUN_DIR``, else ``runs/<experiment>``.
-        options: Passed to `evsys_bus.run` for each trial, with ``callbacks`` made anew with the same arguments.
+        options: Passed to `evsys_bus.run` for each trial, with new ``callbacks`` of the same arguments.
     """
 
     def __init__(self, path: Any = None, **options: Any) -> None:

@@ -8,7 +8,6 @@ unless it ends by an exception, a signal or another exit code than 0.
 
 import copy
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -23,7 +22,7 @@ from evsys_bus.context import to_int
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import TrainStart
-from evsys_bus.front import Run
+from evsys_bus.front import Run, exit_code
 from evsys_bus.front.resume import choose_directory
 from evsys_bus.reading import read
 
@@ -54,7 +53,6 @@ class StepBridge(RunBridge):
             self.recorded_steps = 0 if previous is None else _recorded_steps(self.path)
             self._has_rows = first_step is not None
             self.start(self.recorded_steps if first_step is None else first_step, **start_options)
-            exit_code.observe()
         if self.run is None:
             raise TrainingError("this process does not write the run", fix="log on rank 0")
         return self.run
@@ -89,10 +87,11 @@ class StepBridge(RunBridge):
             log().warning("bridge.not_carried", what=what, why=why)
 
     def _finish_at_exit(self) -> None:
-        if getattr(sys, "last_value", None) is None and exit_code.value not in _SIGNAL_EXIT_CODES:
+        code = exit_code()
+        if getattr(sys, "last_value", None) is None and code not in _SIGNAL_EXIT_CODES:
             self.is_training = False
-            if exit_code.value:
-                self.finish_failed(exit_code.value)
+            if code:
+                self.finish_failed(code)
         super()._finish_at_exit()
 
     def finish_failed(self, code: int) -> None:
@@ -137,30 +136,6 @@ def _maker(callback: Any) -> Callable[[], Any]:
 def _build(spec: CallbackSpec) -> Any:
     [callback] = build_callbacks([spec])
     return callback
-
-
-class _ExitCode:
-    """The code that the program gives `sys.exit`: exit handlers have no other way to know how a program ends."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self._is_observing = False
-
-    def observe(self) -> None:
-        """Note the code from here on."""
-        if self._is_observing:
-            return
-        self._is_observing, original = True, sys.exit
-
-        def exit_and_note(status: Any = None, /) -> Any:
-            if threading.current_thread() is threading.main_thread():
-                self.value = status if isinstance(status, int) else int(status is not None)
-            return original(status)
-
-        sys.exit = exit_and_note
-
-
-exit_code: Final = _ExitCode()
 
 
 def _recorded_steps(path: Any) -> int:

@@ -26,8 +26,8 @@ class SummaryWriter:
 
     Signatures are those of torch and tensorboardX, and the keyword form of skrl (``tag``, ``value``, ``timestep``).
     Metrics with the prefix of an eval (``val/``, ``eval_``) are that eval's. A value without a step belongs to the step
-    that the number of its tag's values says. Graphs, embeddings, meshes and curves are not carried, which is logged
-    once.
+    with the number of values that its tag has had. Graphs, embeddings, meshes and curves are not carried, which is
+    logged once.
 
     Args:
         log_dir: The run's directory. Default: ``EVSYS_BUS_RUN_DIR``, else ``runs/training`` and the comment.

@@ -153,7 +153,7 @@ class Run:
 
     @property
     def dir(self) -> str:
-        """A directory for files of the program; they are kept, and sent nowhere."""
+        """A directory for files of the program; they stay there, and are not sent anywhere."""
         folder = self.bridge.path / "files"
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)

@@ -84,6 +84,11 @@ def split_numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
     return numbers, texts
 
 
+def cut_text(text: str, max_chars: int) -> str:
+    """Return the text, with an ellipsis at its end if it is longer than allowed."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
+
+
 def text_of(value: object) -> str:
     """Return a string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json_of(value)

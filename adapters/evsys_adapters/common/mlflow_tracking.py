@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from evsys_adapters.common.logged_values import cut_text
 from evsys_bus.codec.redact import redact_text
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
 from evsys_bus.location import local_path, short_digest
@@ -100,11 +101,6 @@ def safe_key(name: str) -> str:
     return key if len(key) <= MAX_KEY else f"{key[: MAX_KEY - 9]}-{short_digest(name)}"
 
 
-def cut(text: str, length: int) -> str:
-    """Return the text, with an ellipsis if it has to be cut."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
 def absolute_uri(uri: str) -> str:
     """Return a tracking URI whose local path is absolute: a later process may have another working directory."""
     scheme, _, path = uri.partition(":///") if uri.startswith("sqlite:///") else ("", "", "")
@@ -162,9 +158,10 @@ class TrackingClient:
             found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{identity}'", max_results=1)
             if found:
                 return OpenedRun(found[0].info.run_id, experiment_id, is_new=False)
-            fitted = {safe_key(key): cut(value, MAX_TAG_VALUE) for key, value in tags.items()} | {RUN_TAG: identity}
+            fitted = {safe_key(key): cut_text(value, MAX_TAG_VALUE) for key, value in tags.items()}
+            fitted[RUN_TAG] = identity
             info = client.create_run(
-                experiment_id, int(start_time * 1000), fitted, run_name=cut(run_name, MAX_KEY)
+                experiment_id, int(start_time * 1000), fitted, run_name=cut_text(run_name, MAX_KEY)
             ).info
             return OpenedRun(info.run_id, experiment_id, is_new=True)
 
@@ -197,7 +194,7 @@ class TrackingClient:
 
         MLflow's params never change.
         """
-        fitted = {safe_key(key): cut(value, MAX_PARAM_VALUE) for key, value in params.items()}
+        fitted = {safe_key(key): cut_text(value, MAX_PARAM_VALUE) for key, value in params.items()}
         known = {} if is_new else dict(self._call(lambda client: client.get_run(run_id)).data.params)
         missing = [each for each in fitted.items() if each[0] not in known]
         for start in range(0, len(missing), MAX_PARAMS):
@@ -207,7 +204,7 @@ class TrackingClient:
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags; they replace those of the same names."""
-        fitted = [(safe_key(key), cut(value, MAX_TAG_VALUE)) for key, value in tags.items()]
+        fitted = [(safe_key(key), cut_text(value, MAX_TAG_VALUE)) for key, value in tags.items()]
         for start in range(0, len(fitted), MAX_TAGS):
             entities = [self._entity("RunTag", *each) for each in fitted[start : start + MAX_TAGS]]
             self._call(lambda client, entities=entities: client.log_batch(run_id, tags=entities))
@@ -282,7 +279,7 @@ class TrackingClient:
 
         Raises:
             TrackingRefusedError: The request is rejected permanently.
-            ParkedError: Somebody has to fix something first.
+            ParkedError: The server, the address or the credentials have to be corrected first.
             RetryLaterError: The server is away or busy.
         """
         try:
@@ -298,7 +295,7 @@ class TrackingClient:
             if isinstance(cause, OSError) and not status:
                 raise RetryLaterError(f"{self.host} cannot be reached: {type(cause).__name__}") from None
             code = str(getattr(error, "error_code", _CODES.get(status, "")))
-            shown = cut(redact_text(" ".join(str(error).split())), _MAX_SHOWN)
+            shown = cut_text(redact_text(" ".join(str(error).split())), _MAX_SHOWN)
             what = f"{self.host}: {type(error).__name__}: {shown}"
             if code in _PARKING:
                 fix = "check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD"

@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Final, TextIO
 
+from evsys_adapters.common.logged_values import cut_text
 from evsys_bus.diagnostics import FaultLog, log
 
 _CLOSED_STREAM_ERRORS: Final = frozenset(
@@ -66,7 +67,7 @@ def step_label(step: int, num_steps: int | None) -> str:
 def alert_line(level: object, title: object, text: object) -> str:
     """Return an alert as one line; a text may be long."""
     words = " ".join(f"{title}  {text}".split("\n")).strip()
-    return f"{str(level).upper()}  {words if len(words) <= _MAX_ALERT else f'{words[: _MAX_ALERT - 1]}…'}"
+    return f"{str(level).upper()}  {cut_text(words, _MAX_ALERT)}"
 
 
 def one_line(value: object) -> str:
@@ -75,7 +76,7 @@ def one_line(value: object) -> str:
         text = " ".join(str(value).split())
     except Exception:  # a foreign __str__
         return f"<{type(value).__name__}>"
-    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+    return cut_text(text, _MAX_TEXT)
 
 
 def printable(text: str) -> str:

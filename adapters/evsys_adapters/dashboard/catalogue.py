@@ -251,18 +251,21 @@ class Catalogue:
     # -- identity
 
     def _run_of(self, envelope: Envelope, handle: object) -> RunRecord:
-        """Return the run of an event; a new one if there is none."""
+        """Return the run of an event; a new one if there is none.
+
+        The first state of a stream has the whole context, if nothing before it had.
+        """
         key = (envelope.stream, envelope.run, field(handle, "output_dir"))
         known = self._routes.get(key)
-        if known is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
-            known = self.records.find("run key", envelope.run)
         run = None if known is None else self.records.run(known)
+        if run is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
+            run = self.records.find_by_key(envelope.run, envelope.time)
         if run is None:
             run = self.records.find_run(_identity(envelope, handle), envelope.time)
             if run.step is None and not run.has_start:
                 run.rank = envelope.rank
             self._routes[key] = run.id
-            self.records.name("run key", run.key, run.id)
+            self._add_context(run, run_context(handle), replace=False)
         return run
 
     def _forget_routes(self, envelope: Envelope) -> None:
@@ -287,7 +290,7 @@ class Catalogue:
         if tag in {"experiment_start", "group_start", "experiment_end"}:
             self._add_to_experiment(tag, parts, envelope, changes)
         elif tag == "learnt":
-            self._annotate(parts, changes)
+            self._annotate(parts, envelope.time, changes)
         elif tag in _STATUS_EVENTS:
             self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
@@ -491,9 +494,8 @@ class Catalogue:
         if run.arm is None and isinstance(name, str) and name != run.key:
             run.arm = name
 
-    def _annotate(self, parts: Mapping[str, Any], changes: Changes) -> None:
-        known = self.records.find("run key", str(parts.get("run")))
-        run = None if known is None else self.records.run(known)
+    def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
+        run = self.records.find_by_key(str(parts.get("run")), time)
         if run is not None:
             run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, cast
 
 import msgspec
 
+from evsys_adapters.common.logged_values import text_of
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.values import json_text
 
@@ -33,6 +34,8 @@ _MAX_INLINE: Final = 256
 """Longer texts are stored apart."""
 _PREVIEW: Final = 300
 _MAX_SEARCHED: Final = 50_000
+_MAX_COMPARED: Final = 20_000
+"""With a text, of which each comparison takes some microseconds."""
 _BATCH: Final = 500
 _decode: Final = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -206,30 +209,29 @@ class Evals:
         """
         conditions = filter or {}
         where, args = _conditions(conditions)
-        text = conditions.get("text", "").casefold()
+        text = conditions.get("text")
+        search = _TextSearch(self._database, text) if text else None
         first, last = _range(id_)
         count = self._database.query(
             "SELECT COALESCE(MAX(id), ?) FROM prediction WHERE id BETWEEN ? AND ?", *(first - 1, first, last)
         )
         last = int(count[0][0])
         position = first - 1 if after is None else max(after, first - 1)
-        end = min(last, position + _MAX_SEARCHED)
-        size = _BATCH if text else limit
+        end = min(last, position + (_MAX_SEARCHED if search is None else _MAX_COMPARED))
+        size = limit if search is None else _BATCH
         rows: list[dict[str, Any]] = []
         while position < end and len(rows) < limit:
             found = self._database.query(
                 f"SELECT a.id, a.body FROM prediction a WHERE a.id > ? AND a.id <= ?{where} ORDER BY a.id LIMIT ?",  # noqa: S608 # no input
                 *(position, end, *args, size),
             )
-            for row, body in found:
+            for row, body in found if search is None else search.matches(found):
                 position = row
-                stored = _decode(body)
-                if not text or any(text in each.casefold() for each in self._texts(stored)):
-                    rows.append(self._preview(row, stored))
-                    if len(rows) == limit:
-                        break
-            if len(found) < size and len(rows) < limit:
-                position = end
+                rows.append(self._preview(row, _decode(body)))
+                if len(rows) == limit:
+                    break
+            else:
+                position = found[-1][0] if len(found) == size else end
         return {"rows": rows, "next": position if position < last else None, "searched": position - first + 1}
 
     def prediction(self, id_: int) -> dict[str, Any] | None:
@@ -255,13 +257,6 @@ class Evals:
         rows = self._database.query("SELECT body FROM long_text WHERE digest = ?", digest)
         return str(rows[0][0]) if rows else ""
 
-    def _texts(self, stored: Mapping[str, Any]) -> Iterator[str]:
-        for value in stored["fields"].values():
-            if isinstance(value, str):
-                yield value
-        for digest in stored.get("long", {}).values():
-            yield self._long_text(digest)
-
     def _preview(self, id_: int, stored: dict[str, Any]) -> dict[str, Any]:
         row = {"id": id_, **stored["fields"]}
         lengths: dict[str, int] = {}
@@ -282,6 +277,44 @@ class Evals:
             text = self._long_text(digest)
             row[name] = msgspec.json.decode(text) if name in encoded and text else text
         return row
+
+
+class _LongTexts(msgspec.Struct):
+    long: dict[str, str] = {}
+
+
+_decode_long: Final = msgspec.json.Decoder(_LongTexts).decode
+
+
+class _TextSearch:
+    """Finds the stored predictions in which a text occurs, in any case."""
+
+    def __init__(self, database: Database, text: str) -> None:
+        self._database: Final = database
+        self._text: Final = text.casefold()
+        self._encoded: Final = json_text(text)[1:-1].casefold()
+        """As it stands in a body."""
+        self._known: Final[dict[str, bool]] = {}
+        """By the digests of long texts."""
+
+    def matches(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str]]:
+        """Yield the matching rows of a batch."""
+        long = [[*_decode_long(body).long.values()] for _, body in rows]
+        unknown = list(dict.fromkeys(digest for digests in long for digest in digests if digest not in self._known))
+        for start in range(0, len(unknown), _BATCH):
+            part = unknown[start : start + _BATCH]
+            marks = ", ".join("?" * len(part))
+            found = self._database.query(f"SELECT digest, body FROM long_text WHERE digest IN ({marks})", *part)  # noqa: S608 # marks only
+            self._known.update((digest, self._text in body.casefold()) for digest, body in found)
+        for (row, body), digests in zip(rows, long, strict=True):
+            if any(self._known.get(digest) for digest in digests) or self._is_in_fields(body):
+                yield row, body
+
+    def _is_in_fields(self, body: str) -> bool:
+        if self._encoded not in body.casefold():
+            return False
+        values = _decode(body)["fields"].values()  # it may have been the name of a field
+        return any(self._text in text_of(value).casefold() for value in values)
 
 
 _SELECT: Final = "SELECT id, run, rank, kind, name, benchmark, step, time, predictions, body FROM evaluation"

@@ -154,6 +154,7 @@ class _View:
         self._series: Final = {run.id: _by_name(store.series.names(run.id)) for run in self._runs}
         self._last_stage: Final = next((stage for run in reversed(self._runs) if (stage := _stage(run))), None)
         self._arms: Final = self._find_arms()
+        self._compared_runs: Final = [self._compared(arm) for arm in self._arms]
         self._headlines: Final = self._find_headlines()
 
     @property
@@ -232,7 +233,11 @@ class _View:
         return [run for run in runs if self._states[run.id] not in _LEFT_OUT] or runs
 
     def _spread(self, arm: _Arm, name: str) -> Spread:
-        return spread_of(self._value(run, name) for run in self._compared(arm))
+        values = [self._value(run, name) for run in self._compared(arm)]
+        try:
+            return spread_of(values)
+        except OverflowError:  # numbers near the largest ones
+            return Spread(None, None, 0, sum(value is not None for value in values))
 
     def _baseline(self) -> _Arm | None:
         config = self._record.config
@@ -244,24 +249,28 @@ class _View:
         return named or next(iter(self._arms), None)
 
     def _winner(self) -> str | None:
-        """Return the best arm by the first headline; only a complete one if there is any. None if that is not known."""
+        """Return the best arm: as the experiment has ended, else by the first headline that two arms have values of.
+
+        An incomplete arm is the best only if no arm is complete. None if the direction is not known, or none is better.
+        """
         if self._record.best_arm is not None:
             return self._record.best_arm
-        headline = next(iter(self._headlines), None)
-        if headline is None or headline.direction is None:
-            return None
-        means = {arm.name: self._spread(arm, headline.name) for arm in self._arms}
-        scored = [arm for arm in self._arms if means[arm.name].mean is not None]
-        complete = [
-            arm
-            for arm in scored
-            if not any(self._states[run.id] in _LEFT_OUT for run in arm.runs) and not means[arm.name].nonfinite
-        ]
-        sign = 1 if headline.direction == "min" else -1
-        ranked = sorted(complete or scored, key=lambda arm: sign * (means[arm.name].mean or 0.0))
-        if len(scored) < 2 or (len(ranked) > 1 and means[ranked[0].name].mean == means[ranked[1].name].mean):  # noqa: PLR2004 # nothing to compare
-            return None
-        return ranked[0].name
+        for headline in self._headlines:
+            spreads = {arm.name: self._spread(arm, headline.name) for arm in self._arms}
+            scored = [(spreads[arm.name].mean or 0.0, arm) for arm in self._arms if spreads[arm.name].n]
+            if len(scored) < 2:  # noqa: PLR2004 # nothing to compare
+                continue
+            if headline.direction is None:
+                return None
+            is_complete = [self._is_complete(arm) and not spreads[arm.name].nonfinite for _, arm in scored]
+            chosen = [each for each, complete in zip(scored, is_complete, strict=True) if complete] or scored
+            best = (min if headline.direction == "min" else max)(mean for mean, _ in chosen)
+            names = [arm.name for mean, arm in chosen if mean == best]
+            return names[0] if len(names) == 1 else None
+        return None
+
+    def _is_complete(self, arm: _Arm) -> bool:
+        return not any(self._states[run.id] in _LEFT_OUT for run in arm.runs)
 
     # -- state and progress
 
@@ -334,23 +343,26 @@ class _View:
         return list(dict.fromkeys([*self._record.tags, *(tag for run in self._runs for tag in run.tags)]))
 
     def _headline_of_home(self) -> Json | None:
-        """Return the first headline that has a value, of the best arm, with the curve of one of its runs."""
+        """Return the first headline that has a value, of the best arm, and the first curve of that arm's headlines."""
         winner = self._winner()
+        arms = sorted(self._arms, key=lambda arm: arm.name != winner)
         for headline in self._headlines:
-            arms = sorted(self._arms, key=lambda arm: arm.name != winner)
             for arm in arms:
                 mean = self._spread(arm, headline.name).mean
                 if mean is not None:
-                    spark = self._spark(self._compared(arm), headline.name)
-                    return {**headline._asdict(), "value": mean, "arm": arm.name, "spark": spark}
+                    curve, spark = self._spark(arm)
+                    return {**headline._asdict(), "value": mean, "arm": arm.name, "spark_name": curve, "spark": spark}
         return None
 
-    def _spark(self, runs: Iterable[RunRecord], name: str) -> list[float | None]:
-        info = next((found for run in runs if (found := self._series[run.id].get(name)) is not None), None)
-        if info is None:
-            return []
-        means = self._store.series.read([info.id], buckets=_SPARK_BUCKETS).lines[0].mean
-        return [_finite(float(value)) for value in means]
+    def _spark(self, arm: _Arm) -> tuple[str | None, list[float | None]]:
+        """Return the name and the curve of the first headline that has one in a run of the arm."""
+        for headline in self._headlines:
+            for run in self._compared(arm):
+                info = self._series[run.id].get(headline.name)
+                if info is not None:
+                    line = self._store.series.read([info.id], buckets=_SPARK_BUCKETS).lines[0]
+                    return headline.name, [_finite(float(value)) for value in line.mean]
+        return None, []
 
     def page(self) -> Json:
         """Return the experiment's page."""
@@ -471,15 +483,21 @@ class _View:
 
         Rounded, so that the order does not change with each step of a run in progress.
         """
-        spreads = [spread for arm in self._arms if (spread := self._spread(arm, name)).mean is not None]
-        between = spread_of(spread.mean for spread in spreads).sd
+        means: list[float] = []
+        variances: list[float] = []
+        for runs in self._compared_runs:
+            values = [value for run in runs if (value := _finite(self._value(run, name))) is not None]
+            if values:
+                mean, variance = _mean_and_variance(values)
+                means.append(mean)
+                variances += [] if variance is None else [variance]
+        between = 0.0 if len(means) < 2 else math.sqrt(_mean_and_variance(means)[1] or 0.0)  # noqa: PLR2004 # one arm
         if not between:
             return -9
-        inside = [spread.sd for spread in spreads if spread.sd is not None]
-        scale = math.sqrt(sum(sd * sd for sd in inside) / len(inside)) if inside else 0.0
-        scale = scale or max(abs(spread.mean or 0.0) for spread in spreads)
+        scale = math.sqrt(sum(variances) / len(variances)) if variances else 0.0
+        scale = scale or max(map(abs, means))
         ratio = between / scale if scale else between
-        return round(math.log10(min(max(ratio, 1e-9), 1e9)))
+        return round(math.log10(min(max(ratio, 1e-9), 1e9))) if math.isfinite(ratio) else 9
 
 
 def _by_name(infos: Iterable[SeriesInfo]) -> dict[str, SeriesInfo]:
@@ -489,6 +507,16 @@ def _by_name(infos: Iterable[SeriesInfo]) -> dict[str, SeriesInfo]:
         if info.last_step is not None:
             found.setdefault(info.name, info)
     return found
+
+
+def _mean_and_variance(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean, and the sample variance of several values.
+
+    Thousands of metrics are put in order several times a second, for which `spread_of` is too exact.
+    """
+    mean = sum(values) / len(values)
+    rest = len(values) - 1
+    return mean, sum((value - mean) * (value - mean) for value in values) / rest if rest else None
 
 
 def _stage(run: RunRecord) -> str | None:
@@ -528,7 +556,7 @@ def _delta(spread: Spread, reference: Spread | None) -> Json:
         return {"delta": None, "delta_sd": None}
     error = None
     if spread.sd is not None and reference.sd is not None:
-        error = math.sqrt(spread.sd**2 / spread.n + reference.sd**2 / reference.n)
+        error = math.hypot(spread.sd / math.sqrt(spread.n), reference.sd / math.sqrt(reference.n))
     return {"delta": spread.mean - reference.mean, "delta_sd": error}
 
 

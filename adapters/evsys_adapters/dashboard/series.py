@@ -5,8 +5,8 @@ any later state gives that state. A change is logged in the transaction that ack
 its series goes on to the next one, and all of them in portions once the log is long; then the log is emptied. Reads
 take a chunk from memory if it is there, else from the database.
 
-A new series puts all its points into one chunk. When it has 64, the median distance of their steps gives its scale (see
-`chunks`). A scale that later proves wrong is changed, and the series written anew.
+A new series puts all its points into one chunk. When it has 64 or some more, the median distance of their steps gives
+its scale (see `chunks`). A scale that later proves wrong is changed, and the series written anew.
 """
 
 from array import array
@@ -43,13 +43,13 @@ MAX_STEP: Final = 1 << 53
 _NEW_SCALE: Final = 42
 """Scale of a series with few points: one chunk has all steps."""
 _NEW_POINTS: Final = 64
-"""With so many points, a series gets its scale."""
+"""With so many points, or up to twice as many, a series gets its scale."""
 _DENSE_POINTS: Final = 8_192
 """With so many points in a chunk, its scale is too large."""
 _SPARSE_POINTS: Final = 64
 """With fewer points in each of so many chunks, their scale is too small."""
 _PORTION: Final = 16
-"""Chunks that a transaction writes for a checkpoint under way; one for each 200 of its points if that is more."""
+"""Chunks that a transaction writes for a checkpoint under way; one for each 100 of its points if that is more."""
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
@@ -133,7 +133,7 @@ class SeriesStore:
 
     Args:
         database: The database, with the tables of `schema`.
-        checkpoint_points: A checkpoint begins when the log has more points than this, or than 200 for each open chunk
+        checkpoint_points: A checkpoint begins when the log has more points than this, or than 100 for each open chunk
             up to ten times this.
         max_idle_series: With more series in memory than this, those of idle runs leave it at the end of a checkpoint.
     """
@@ -281,11 +281,11 @@ class SeriesStore:
             self._log()
             self._pending, self._applied = [], 0
         if self._checkpoint is None and self._log_points >= max(
-            self._checkpoint_points, min(200 * len(self._unwritten), 10 * self._checkpoint_points)
+            self._checkpoint_points, min(100 * len(self._unwritten), 10 * self._checkpoint_points)
         ):
             self._checkpoint = list(self._unwritten), self._log_id, self._log_points
         if self._checkpoint is not None:
-            rows, portion = self._checkpoint[0], max(_PORTION, (self._log_points - logged) // 200)
+            rows, portion = self._checkpoint[0], max(_PORTION, (self._log_points - logged) // 100)
             self._due.update(rows[-portion:])
             del rows[-portion:]
         self._write(self._due)
@@ -416,7 +416,7 @@ class SeriesStore:
         series.put_into(number)
         self._unwritten[series.row_id(number)] = series, number
         points = len(chunk.values)
-        if points >= _NEW_POINTS and series.scale == _NEW_SCALE:
+        if series.scale == _NEW_SCALE and points >= _NEW_POINTS + series.id % _NEW_POINTS:  # not all in one transaction
             self._change_scale(series, min(median_distance(chunk.steps).bit_length(), _NEW_SCALE) - 1)
         elif points > _DENSE_POINTS:
             series.may_widen = False
@@ -450,13 +450,15 @@ class SeriesStore:
         for number in list(series.chunks):
             self._unwritten.pop(series.row_id(number), None)
             self._due.discard(series.row_id(number))
-        if series.heads(self._database):
+        stored = bool(series.heads(self._database))
+        if stored:
             for table in ("raw", "rollup"):
                 self._database.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", *series.row_ids)  # noqa: S608 # one of two
         series.clear(scale)
         self._database.execute("UPDATE series SET scale = ? WHERE id = ?", scale, series.id)
         self._put(series, compact(steps), values)
-        self._due.update(map(series.row_id, series.chunks))
+        if stored:  # the log may lack its points
+            self._due.update(map(series.row_id, series.chunks))
 
     def _remove_steps(self, series: Sequence[Series], step: int) -> None:
         for each in series:
@@ -494,20 +496,29 @@ class SeriesStore:
                 with reported_damage():
                     for ids, *change in _decode(body):
                         self._replay_change(ids, change)
+            self._apply()
+            self._pending, self._applied = [], 0
             self._write(self._due)
             self._due = set()
         self._changes = Changes()
 
-    def _replay_change(self, ids: list[int], change: list[Any]) -> None:
+    def _replay_change(self, ids: Sequence[int], change: Sequence[Any]) -> None:
         series = [each for each in map(self._find, ids) if each is not None]
+        if len(series) < len(ids):
+            raise ValueError("the log has a series that does not exist")
+        run, rank = series[0].run, series[0].rank
+        lane = self._lane(run, rank)
         if len(change) == 1:
-            self._remove_steps(series, change[0])
+            lane.rows = None
+            self._pending.append(_Cut(series, change[0]))
             return
-        rows = _Rows((), series)
-        rows.steps = list(array("q", change[0]))
-        rows.values = array("d", change[1])
-        self._log_points += len(rows.values)
-        self._put_rows(rows)
+        names = tuple([each.name for each in series])
+        rows = lane.rows  # rows of many transactions are applied as one, which takes a fraction of the time
+        if rows is None or rows.names != names:
+            rows = self._new_rows(lane, run, rank, names)
+        rows.steps.extend(array("q", change[0]))
+        rows.values.frombytes(change[1])
+        self._log_points += len(change[1]) // rows.values.itemsize
 
     def _write(self, row_ids: Sequence[int] | set[int]) -> None:
         """Write chunks, and the summaries of their series. Those before the last one of a series leave the memory."""

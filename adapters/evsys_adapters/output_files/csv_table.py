@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters.common.logged_values import redacted
+from evsys_adapters.common.logged_values import cut_text, redacted
 from evsys_adapters.output_files.step_tracker import keep_lines
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import redact_key
@@ -87,7 +87,7 @@ def _text(text: str, limit: int) -> str:
     if text.startswith(_FORMULA) and not _is_number(text):
         text = f"'{text}"
     text = text.translate(_CONTROLS).encode(errors="backslashreplace").decode()
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return cut_text(text, limit)
 
 
 def _is_number(text: str) -> bool:

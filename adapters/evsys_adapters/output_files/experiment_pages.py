@@ -11,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
+from evsys_adapters.common.logged_values import cut_text
 from evsys_bus.context import spread_of
 
 _MAX_COLUMNS: Final = 6
@@ -170,9 +171,7 @@ def _text_or_default(text: object) -> str:
 
 
 def _cell(value: object) -> str:
-    text = " ".join(str(value).split())
-    text = text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
-    return text.translate(_MARKUP)
+    return cut_text(" ".join(str(value).split()), _MAX_TEXT).translate(_MARKUP)
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

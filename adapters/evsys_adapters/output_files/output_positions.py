@@ -1,4 +1,4 @@
-"""`TrackedOutput`, `PositionWriter`: a note beside each output of the events whose rows it contains.
+"""`TrackedOutput`, `OutputRuns`: a note beside each output of the events whose rows it contains.
 
     .rows.csv.at                  beside a file
     logs/.at                      in a folder
@@ -11,15 +11,15 @@ Without a valid note, delivered rows are compared with existing ones (`evsys_ada
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
-from evsys_adapters.output_files.output_lease import without_foreign_files
+from evsys_adapters.output_files.output_lease import has_courier, without_foreign_files
 from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_bus.adapter import EventInfo
 from evsys_bus.callback import Callback
@@ -29,12 +29,14 @@ from evsys_bus.files import load_file
 from evsys_bus.journal.layout import stream_sort_key
 from evsys_bus.savepoints import Mark, Savepoints
 
-NEXT_STREAM: Final = "?"
+_NEXT_STREAM: Final = "?"
 """Placeholder for the stream of the next event, if the output is older than its note."""
 _MAX_STREAMS: Final = 64
 _TAIL_BYTES: Final = 4096
 
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
+StateT = TypeVar("StateT")
+_StateT_co = TypeVar("_StateT_co", covariant=True)
 
 
 class Position(msgspec.Struct, omit_defaults=True):
@@ -54,7 +56,7 @@ class Position(msgspec.Struct, omit_defaults=True):
         last = self.handled.get(event.stream)
         if last is not None:
             return event.sequence <= last
-        if self.since in {"", NEXT_STREAM}:
+        if self.since in {"", _NEXT_STREAM}:
             return False
         start, start_since = (each.rsplit("-", 2)[-2:-1] for each in (event.stream, self.since))
         # A new journal counts its starts from one again.
@@ -63,7 +65,7 @@ class Position(msgspec.Struct, omit_defaults=True):
     def add(self, event: EventInfo) -> None:
         """Record that the event is handled."""
         self.handled[event.stream] = event.sequence
-        if self.since == NEXT_STREAM:
+        if self.since == _NEXT_STREAM:
             self.since = event.stream
         if len(self.handled) > _MAX_STREAMS:
             oldest, self.since = sorted(self.handled, key=stream_sort_key)[:2]
@@ -188,34 +190,99 @@ class TrackedOutput:
         return with_mark
 
 
-class PositionWriter:
-    """Takes marks of an adapter's files, and writes the notes of its outputs."""
+class OutputRun(Protocol[_StateT_co]):
+    """A run whose output an adapter writes."""
 
-    def __init__(self, savepoints: Savepoints) -> None:
-        self.has_mark = False
-        """Whether the adapter was rewound to a mark."""
-        self._savepoints = savepoints
-        self._pending: list[Callable[[], object]] = []
+    @property
+    def output(self) -> TrackedOutput:
+        """Which events the output contains."""
+        ...
 
-    def take(self, outputs: Iterable[tuple[TrackedOutput, bytes, Iterable[Path]]]) -> Mark:
-        """Write the notes of these outputs, each with its state and files, and return a mark.
+    @property
+    def state(self) -> _StateT_co:
+        """What marks have of the run."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Return the current paths of its files."""
+        ...
+
+    def settle(self) -> None:
+        """Write buffered rows; raises OSError if the disk refuses them, or if rows were dropped."""
+        ...
+
+    def check_written(self) -> None:
+        """Raise OSError if a row is not in its file."""
+        ...
+
+
+RunT = TypeVar("RunT", bound=OutputRun[Any])
+
+
+class OutputRuns(Generic[RunT, StateT]):
+    """The runs of an adapter, and their part of its marks.
+
+    It holds no reference to the adapter: one that is dropped releases its files at once.
+
+    Args:
+        position_file_for: Returns the path of the note of an output.
+        tracker_of: Returns the tracker in a run's state.
+    """
+
+    def __init__(self, position_file_for: Callable[[Path], Path], tracker_of: Callable[[StateT], StepTracker]) -> None:
+        self.savepoints = Savepoints()
+        self.open: dict[str, RunT] = {}
+        self.ended: dict[str, RunT] = {}
+        """Runs whose experiment has ended since the last mark."""
+        self.rewound: dict[str, tuple[StateT, Position]] = {}
+        """Runs without an event since the mark."""
+        self._position_file_for = position_file_for
+        self._tracker_of = tracker_of
+        self._has_mark = False
+        self._pending_notes: list[Callable[[], object]] = []
+
+    def may_repeat(self, callback: Callback) -> bool:
+        """Whether rows of a new run may be in its output already, because a courier may have lost its cursor."""
+        return not self._has_mark and has_courier(callback)
+
+    def written(self) -> list[RunT]:
+        """Return the runs whose outputs were written since the last mark."""
+        return [*self.ended.values(), *self.open.values()]
+
+    def check_written(self, callback: Callback) -> None:
+        """Check that the disk has all rows, unless a courier retries.
 
         Raises:
-            OSError: The disk refuses it; call it again.
+            OSError: The disk has refused rows, which are lost.
         """
-        self._write()  # before the next mark is taken: only one earlier version is retained
-        prepared = [output.prepare_write(state, files) for output, state, files in outputs]
-        mark = self._savepoints.take()
-        self._pending = [each(mark) for each in prepared if each is not None]
-        self._write()
-        return mark
+        if not has_courier(callback):
+            for run in self.written():
+                run.check_written()
+
+    def take_mark(self, encode: Callable[[StateT], bytes]) -> tuple[Mark, dict[str, StateT], dict[str, Position]]:
+        """Sync all rows, write the notes, and return the mark of the files, and the states and positions of the runs.
+
+        Args:
+            encode: Encodes the state of a run as JSON, for the note of its output.
+
+        Raises:
+            OSError: Rows could not be written because the disk refuses them, or were dropped.
+        """
+        written = self.written()
+        for run in written:
+            run.settle()
+        self._write_notes()  # before the next mark is taken: only one earlier version is retained
+        prepared = [run.output.prepare_write(encode(run.state), run.files()) for run in written]
+        files = self.savepoints.take()
+        self._pending_notes = [each(files) for each in prepared if each is not None]
+        self._write_notes()
+        self.ended = {}
+        known = self.rewound | {key: (run.state, run.output.position) for key, run in self.open.items()}
+        states = {key: state for key, (state, _) in known.items()}
+        return files, states, {key: position for key, (_, position) in known.items()}
 
     def rewind(
-        self,
-        callback: Callback,
-        mark: Mark,
-        runs: Collection[tuple[StepTracker, Position]],
-        position_file_for: Callable[[Path], Path],
+        self, callback: Callback, files: Mark, states: Mapping[str, StateT], positions: Mapping[str, Position]
     ) -> None:
         """Restore the files to their state at the mark, and the progress of the runs in them.
 
@@ -225,12 +292,18 @@ class PositionWriter:
         Raises:
             OSError: A note cannot be read now, or a file cannot be cut.
         """
-        files = without_foreign_files(mark, callback)
+        runs: dict[str, tuple[StateT, Position]] = {}
+        for key, state in states.items():
+            position = positions.get(key) or Position()
+            if self._tracker_of(state).has_started and not position.handled:
+                position.since = _NEXT_STREAM
+            runs[key] = (state, position)
+        own_files = without_foreign_files(files, callback)
         newer: set[str] = set()
-        for _, each in runs:
+        for _, each in runs.values():
             if not each.output:
                 continue
-            position_file = position_file_for(Path(each.output))
+            position_file = self._position_file_for(Path(each.output))
             record = _read_record(position_file)
             if (
                 record is not None
@@ -239,19 +312,33 @@ class PositionWriter:
             ):
                 newer.update(_mark_from(record, position_file).files)
                 folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
-                newer.update(file for file in files if Path(file).parent == folder)  # renamed since
-        remaining = {file: size for file, size in files.items() if file not in newer}
-        self._savepoints.rewind(msgspec.structs.replace(mark, files=remaining))
-        self.has_mark = True
-        for tracker, position in runs:
+                newer.update(file for file in own_files if Path(file).parent == folder)  # renamed since
+        remaining = {file: size for file, size in own_files.items() if file not in newer}
+        self.savepoints.rewind(msgspec.structs.replace(files, files=remaining))
+        self._has_mark = True
+        for state, position in runs.values():
+            tracker = self._tracker_of(state)
             tracker.rewound = True
-            if len(files) < len(mark.files) and not position.handled:
+            if len(own_files) < len(files.files) and not position.handled:
                 tracker.position_unknown = True
+        self.rewound |= runs
 
-    def _write(self) -> None:
-        while self._pending:
-            self._pending[0]()
-            del self._pending[0]
+    def known_state(self, key: str) -> tuple[StateT, Position] | tuple[None, None]:
+        """Return the state and position of a run that is not open, if it has any."""
+        run = self.ended.get(key)
+        return self.rewound.get(key, (None, None)) if run is None else (run.state, run.output.position)
+
+    def add(self, key: str, run: RunT) -> RunT:
+        """Add an open run, in place of what is known of it."""
+        self.open[key] = run
+        self.rewound.pop(key, None)
+        self.ended.pop(key, None)
+        return run
+
+    def _write_notes(self) -> None:
+        while self._pending_notes:
+            self._pending_notes[0]()
+            del self._pending_notes[0]
 
 
 def skip_matching_if_empty(tracker: StepTracker, files: Iterable[Path]) -> None:

@@ -31,7 +31,7 @@ from evsys_adapters.common.hook_arguments import (
 from evsys_adapters.common.logged_content import Content
 from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters.output_files.output_lease import has_courier
-from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
+from evsys_adapters.output_files.output_positions import OutputRuns, Position, TrackedOutput
 from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_adapters.system_metrics import SystemMetrics
@@ -48,7 +48,7 @@ from evsys_bus.context import (
     TrainingBatch,
 )
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.savepoints import Mark, Savepoints
+from evsys_bus.savepoints import Mark
 
 SYSTEM: Final = SystemMetrics.hook.removeprefix("on_").removesuffix("_metrics")
 """Stream of the samples of the machine."""
@@ -146,17 +146,29 @@ class LoggedRun(Generic[StateT]):
         self.log = log
         self.output = output
         self.lock = threading.RLock() if lock is None else lock
-        self.notes = state
+        self.state = state
         self.event_time = 0.0
         """Publication time of the event being logged; seconds since the epoch."""
         self._recorded_keys: set[int] | None = None
         """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
         self._newest_time = 0.0
 
+    def files(self) -> list[Path]:
+        """Return the path of its file."""
+        return [self.log.path]
+
+    def settle(self) -> None:
+        """Write buffered rows; raises OSError if the disk refuses them, or if rows were dropped."""
+        self.log.settle()
+
+    def check_written(self) -> None:
+        """Raise OSError if a row is not in the file."""
+        self.log.check_written()
+
     def resume(self) -> None:
         """The run's start event is repeated; its rows may be, unless the note records which are in the file."""
         with self.lock:
-            tracker = self.notes.tracker
+            tracker = self.state.tracker
             if self.output.is_known and not tracker.position_unknown:
                 tracker.has_started, tracker.rewound = True, False
             else:
@@ -166,7 +178,7 @@ class LoggedRun(Generic[StateT]):
         """Training starts at this step: later steps in the file become void."""
         with self.lock:
             if self._may_repeat():
-                self.notes.tracker.start_pending(first_step)
+                self.state.tracker.start_pending(first_step)
             else:
                 self._apply_start(first_step)
 
@@ -174,14 +186,14 @@ class LoggedRun(Generic[StateT]):
         """Log a training row; None only records the step."""
         with self.lock:
             if (
-                not self.notes.tracker.has_started
+                not self.state.tracker.has_started
                 and metrics is not None
                 and self._has_row(TRAIN, step, values_of(metrics))
             ):
-                self.notes.tracker.resume()  # the start is missing, and this row was logged before
-            if self.notes.tracker.pending_start is not None and metrics is not None:
+                self.state.tracker.resume()  # the start is missing, and this row was logged before
+            if self.state.tracker.pending_start is not None and metrics is not None:
                 self._resolve_pending_start(is_logged=self._has_row(TRAIN, step, values_of(metrics)))
-            if self.notes.record_step(step):
+            if self.state.record_step(step):
                 self._void_from(step)
             if metrics is not None:
                 self._write(TRAIN, step, values_of(metrics))
@@ -190,11 +202,11 @@ class LoggedRun(Generic[StateT]):
         """Log an eval: only the values that were not logged yet."""
         with self.lock:
             values, stream = values_of(metrics), f"{EVAL}{name}"
-            new_values = self.notes.new_values(name, step, values)
-            if self.notes.tracker.pending_start is not None:
+            new_values = self.state.new_values(name, step, values)
+            if self.state.tracker.pending_start is not None:
                 is_logged = not new_values or self._has_row(stream, step, new_values)
                 self._resolve_pending_start(is_logged=is_logged)
-                new_values = new_values if is_logged else self.notes.new_values(name, step, values)
+                new_values = new_values if is_logged else self.state.new_values(name, step, values)
             if new_values:
                 self._write(stream, step, new_values)
 
@@ -205,7 +217,7 @@ class LoggedRun(Generic[StateT]):
         because samples are delivered in no order with them.
         """
         with self.lock:
-            if self.notes.tracker.position_unknown and (self._load_recorded_keys() or self._may_repeat()):
+            if self.state.tracker.position_unknown and (self._load_recorded_keys() or self._may_repeat()):
                 return
             self._write(SYSTEM, step, values_of(values))
 
@@ -226,23 +238,23 @@ class LoggedRun(Generic[StateT]):
     def add_content(self, step: int | None, content: Content, state_step: int | None) -> None:
         """Log a content; one without a step is logged at the current step, unless it was logged before."""
         with self.lock:
-            at_step = max(self.notes.last_step or 0, state_step or 0) if step is None else step
+            at_step = max(self.state.last_step or 0, state_step or 0) if step is None else step
             name = f"{content.kind}/{content.name}"
             if step is None and content.digest:
-                if self.notes.stepless.get(name, (0, ""))[1] == content.digest:
+                if self.state.stepless.get(name, (0, ""))[1] == content.digest:
                     return
-                self.notes.stepless.pop(name, None)
-                if len(self.notes.stepless) >= _MAX_STEPLESS:
-                    del self.notes.stepless[next(iter(self.notes.stepless))]
-                self.notes.stepless[name] = (at_step, content.digest)
-            self.notes.record_content(at_step)
+                self.state.stepless.pop(name, None)
+                if len(self.state.stepless) >= _MAX_STEPLESS:
+                    del self.state.stepless[next(iter(self.state.stepless))]
+                self.state.stepless[name] = (at_step, content.digest)
+            self.state.record_content(at_step)
             self._write_content(at_step, content)
 
     def add_epoch(self, epoch: int, step: int | None, metrics: object) -> None:
         """Log an epoch's metrics at the step after which it ended; epochs that are run again are void like its rows."""
         with self.lock:
-            at_step = max(self.notes.last_step or 0, step or 0)
-            self.notes.record_content(at_step)
+            at_step = max(self.state.last_step or 0, step or 0)
+            self.state.record_content(at_step)
             values = values_of(metrics)
             self._write("epoch", at_step, values if "epoch" in values else {"epoch": epoch, **values})
 
@@ -254,7 +266,7 @@ class LoggedRun(Generic[StateT]):
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
         with self.lock:
-            if self.notes.needs_reorder:
+            if self.state.needs_reorder:
                 self._reorder()
             self.log.close(forget_file=forget)
 
@@ -262,13 +274,13 @@ class LoggedRun(Generic[StateT]):
         """Whether a row is in the file already, and is delivered again after a repeated start."""
         if not self._may_repeat() or self._recorded_keys is None:
             return False
-        if key not in self._recorded_keys and len(self.notes.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
-            self.notes.unconfirmed_keys.append(key)
+        if key not in self._recorded_keys and len(self.state.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
+            self.state.unconfirmed_keys.append(key)
         return key in self._recorded_keys
 
     def _may_repeat(self) -> bool:
         """Whether rows that are delivered now may be in the file."""
-        tracker = self.notes.tracker
+        tracker = self.state.tracker
         if not tracker.position_unknown:
             return False
         self._load_recorded_keys()
@@ -276,7 +288,7 @@ class LoggedRun(Generic[StateT]):
             if tracker.pending_start is not None:
                 self._apply_start(tracker.pending_start)
             tracker.position_unknown, self._recorded_keys = False, None
-            self.notes.unconfirmed_keys = []
+            self.state.unconfirmed_keys = []
         return tracker.position_unknown
 
     def _load_recorded_keys(self) -> AbstractSet[int]:
@@ -284,25 +296,25 @@ class LoggedRun(Generic[StateT]):
         if self._recorded_keys is None:
             try:
                 existing_keys, self._newest_time = self._existing_rows()
-                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
+                self._recorded_keys = existing_keys.difference(self.state.unconfirmed_keys)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
         return self._recorded_keys
 
     def _resolve_pending_start(self, *, is_logged: bool) -> None:
         """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
-        first, self.notes.tracker.pending_start = self.notes.tracker.pending_start, None
+        first, self.state.tracker.pending_start = self.state.tracker.pending_start, None
         if first is None:
             return
         if not is_logged:
             self._apply_start(first)
-        elif self.notes.unconfirmed_keys:
-            self._drop_rows(frozenset(self.notes.unconfirmed_keys))
-        self.notes.unconfirmed_keys = []
+        elif self.state.unconfirmed_keys:
+            self._drop_rows(frozenset(self.state.unconfirmed_keys))
+        self.state.unconfirmed_keys = []
 
     def _apply_start(self, first_step: int) -> None:
         self._recorded_keys = None
-        if self.notes.tracker.start_training() and self.notes.void_from(first_step):
+        if self.state.tracker.start_training() and self.state.void_from(first_step):
             self._void_from(first_step)
 
     def _drop_rows(self, keys: AbstractSet[int]) -> None:
@@ -374,14 +386,8 @@ class RunLogger(Callback, Generic[RunT, StateT]):
     ranks: ClassVar[Ranks | None] = "rank0"
 
     def __init__(self, state_type: type[StateT], max_pred_rows: int, position_file_for: Callable[[Path], Path]) -> None:
-        self._savepoints = Savepoints()
-        self._runs: dict[str, RunT] = {}
+        self._runs: OutputRuns[RunT, StateT] = OutputRuns(position_file_for, lambda state: state.tracker)
         self._state_type = state_type
-        self._position_writer = PositionWriter(self._savepoints)
-        self._rewound: dict[str, tuple[StateT, Position]] = {}
-        """States restored from the mark, of runs without an event since."""
-        self._left: dict[str, RunT] = {}
-        """Runs whose experiment has ended since the mark."""
         self._max_pred_rows = max_pred_rows
         self._position_file_for = position_file_for
 
@@ -447,7 +453,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
 
     def on_system_metrics(self, ctx: LogContext, values: dict[str, float], step: int | None) -> None:
         """Log a sample of the machine; it is left out before the run's own start, which describes the run."""
-        run = self._runs.get(self._key(ctx))
+        run = self._runs.open.get(self._key(ctx))
         if run is not None:
             run.event_time = self.event.time
             run.add_sample(0 if step is None else step_of(step), values)
@@ -471,14 +477,9 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         Raises:
             OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
         """
-        for run in [*self._runs.values()]:
+        for run in [*self._runs.open.values()]:
             run.close()
-        self._check_written()
-
-    def _check_written(self) -> None:
-        if not has_courier(self):
-            for run in [*self._left.values(), *self._runs.values()]:
-                run.log.check_written()
+        self._runs.check_written(self)
 
     def mark(self) -> Any:
         """Return the position of all files as plain data; their rows are synced to disk first.
@@ -486,16 +487,11 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        written = [*self._left.values(), *self._runs.values()]
-        for run in written:
-            run.log.settle()
-        files = self._position_writer.take(
-            (run.output, msgspec.json.encode(msgspec.msgpack.encode(run.notes)), [run.log.path]) for run in written
+        files, states, positions = self._runs.take_mark(
+            lambda state: msgspec.json.encode(msgspec.msgpack.encode(state))
         )
-        self._left = {}
-        known = self._rewound | {key: (run.notes, run.output.position) for key, run in self._runs.items()}
-        states = {key: msgspec.msgpack.encode(notes) for key, (notes, _) in known.items()}
-        return msgspec.to_builtins(_LoggerMark(files, states, {key: position for key, (_, position) in known.items()}))
+        encoded = {key: msgspec.msgpack.encode(state) for key, state in states.items()}
+        return msgspec.to_builtins(_LoggerMark(files, encoded, positions))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -504,32 +500,23 @@ class RunLogger(Callback, Generic[RunT, StateT]):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _LoggerMark)
-        runs: dict[str, tuple[StateT, Position]] = {}
-        for key, encoded in saved.run_states.items():
-            notes = msgspec.msgpack.decode(encoded, type=self._state_type)
-            position = saved.positions.get(key) or Position(since=NEXT_STREAM if notes.tracker.has_started else "")
-            runs[key] = (notes, position)
-        trackers = [(notes.tracker, position) for notes, position in runs.values()]
-        self._position_writer.rewind(self, saved.files, trackers, self._position_file_for)
-        self._rewound |= runs
+        decode = msgspec.msgpack.Decoder(self._state_type).decode
+        states = {key: decode(encoded) for key, encoded in saved.run_states.items()}
+        self._runs.rewind(self, saved.files, states, saved.positions)
 
     def _run(self, handle: LoopState | LogContext) -> RunT:
         key = self._key(handle)
-        run = self._runs.get(key)
+        run = self._runs.open.get(key)
         if run is None:
             is_followed = has_courier(self)
-            state, position = self._rewound.get(key) or (None, None)
-            if is_followed and key in self._left:
-                state, position = self._left[key].notes, self._left[key].output.position
-            output = TrackedOutput(self._savepoints, position, behind_courier=is_followed)
+            state, position = self._runs.known_state(key) if is_followed else self._runs.rewound.get(key, (None, None))
+            output = TrackedOutput(self._runs.savepoints, position, behind_courier=is_followed)
             try:
-                run = self._runs[key] = self._open(handle, state, output)
+                run = self._runs.add(key, self._open(handle, state, output))
             except OSError as error:  # a row can be buffered, but the existing rows must be known first
                 raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
-            self._rewound.pop(key, None)
-            self._left.pop(key, None)
-            if state is None and not output.is_known and is_followed and not self._position_writer.has_mark:
-                run.notes.tracker.position_unknown = True  # its cursor may be lost
+            if state is None and not output.is_known and self._runs.may_repeat(self):
+                run.state.tracker.position_unknown = True
         run.event_time = self.event.time
         return run
 
@@ -542,14 +529,15 @@ class RunLogger(Callback, Generic[RunT, StateT]):
 
     def _restored_runs(self, ctx: LogContext) -> list[str]:
         """Return the runs of an experiment, of the event's rank, that `rewind` has restored and that had no event."""
-        runs = (key.partition("\0")[0] for key in self._rewound if is_run_of(key, ctx))
-        return [run for run in dict.fromkeys(runs) if ranked_key(run, self._rank()) in self._rewound]
+        runs = (key.partition("\0")[0] for key in self._runs.rewound if is_run_of(key, ctx))
+        return [run for run in dict.fromkeys(runs) if ranked_key(run, self._rank()) in self._runs.rewound]
 
     def _remove_runs(self, ctx: LogContext) -> Iterator[RunT]:
         """Yield the runs of an experiment while removing them from the registry."""
-        self._rewound = {key: state for key, state in self._rewound.items() if not is_run_of(key, ctx)}
-        for key in [each for each in self._runs if is_run_of(each, ctx)]:
-            run = self._left[key] = self._runs.pop(key)
+        runs = self._runs
+        runs.rewound = {key: state for key, state in runs.rewound.items() if not is_run_of(key, ctx)}
+        for key in [each for each in runs.open if is_run_of(each, ctx)]:
+            run = runs.ended[key] = runs.open.pop(key)
             run.event_time = self.event.time
             yield run
 
@@ -574,7 +562,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
     def _train_ends(self, run: RunT, state: LoopState) -> None:
         """The training has ended."""
         del state
-        run.notes.tracker.rewound = False
+        run.state.tracker.rewound = False
 
     def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
         """The run's experiment has ended."""

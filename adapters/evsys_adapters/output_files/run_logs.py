@@ -6,6 +6,7 @@
     <run>/logs/training/epochs.jsonl, rollouts.jsonl         one row per epoch; one per trajectory of a step
     <run>/logs/content.jsonl                                 one row per text, image, table or the like
     <run>/logs/alerts.jsonl                                  one row per alert
+    <run>/logs/system_metrics.jsonl                          one row per sample of the machine
     <run>/data/training_data.jsonl                           the examples as they are rendered for training
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
     <run>/logs/.run                                          the owner, see `evsys_adapters.output_files.output_lease`
@@ -24,6 +25,8 @@ import msgspec
 from evsys_adapters.output_files.output_lease import OutputCandidates, OutputLease
 from evsys_adapters.output_files.output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
 from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker, keep_lines
+from evsys_adapters.system_metrics import SystemMetrics
+from evsys_bus.adapter import EventInfo
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
@@ -31,6 +34,7 @@ from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
 SPLITS: Final[tuple[Split, ...]] = ("validation", "test")
+SYSTEM_METRICS: Final = SystemMetrics.hook.removeprefix("on_")
 OtherKind = Literal["epochs", "rollouts", "content"]
 Row = Mapping[str, Any]
 
@@ -160,9 +164,6 @@ class DataRows(StepRows):
                 self._file.rewrite(lines)
 
         self.backlog.write(write, sum(map(len, lines)))
-
-    def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
-        """See `StepRows.cut`; the data belong to no step."""
 
 
 class TrainingRows(StepRows):
@@ -304,6 +305,8 @@ class RunLogsState(
     """The `PageValues`, encoded: a mark is JSON, which has no NaN."""
     last_step: int = 0
     """The largest trained step."""
+    last_sample: tuple[str, int] = ("", 0)
+    """Stream and sequence number of the last sample of the machine."""
 
 
 class PageValues(msgspec.Struct):
@@ -354,7 +357,8 @@ class RunLogs:
         self._content = LogRows(self.acquire_folder, logs / "content.jsonl", savepoints)
         self._alerts = LogRows(self.acquire_folder, logs / "alerts.jsonl", savepoints)
         self._data = DataRows(self.acquire_folder, logs / "training_data.jsonl", savepoints)
-        self._files: list[StepRows] = [
+        self._samples = LogRows(self.acquire_folder, logs / f"{SYSTEM_METRICS}.jsonl", savepoints)
+        self._step_files: list[StepRows] = [
             self._training,
             *self._evals.values(),
             *self._rollouts.values(),
@@ -362,8 +366,9 @@ class RunLogs:
             self._training_rollouts,
             self._content,
             self._alerts,
-            self._data,
         ]
+        """The files from which rows of steps that are run again are cut."""
+        self._files = [*self._step_files, self._data, self._samples]
 
     def acquire_folder(self) -> Path:
         """Return the folder, acquired for this adapter.
@@ -386,7 +391,7 @@ class RunLogs:
         if self.output.behind_courier and not self._has_lease:
             try:
                 self.acquire_folder()
-                skip_matching_if_empty(self.state.tracker, self.paths())
+                skip_matching_if_empty(self.state.tracker, self._step_paths())
             except OSError as error:
                 raise RetryLaterError(f"{self.logs} cannot be read: {error}") from error
         known, self._loaded_state = self._loaded_state, None
@@ -403,6 +408,9 @@ class RunLogs:
     def paths(self) -> list[Path]:
         """The current paths of the files."""
         return [each.path_in(self.logs) for each in self._files]
+
+    def _step_paths(self) -> list[Path]:
+        return [each.path_in(self.logs) for each in self._step_files]
 
     @property
     def _has_lease(self) -> bool:
@@ -428,7 +436,7 @@ class RunLogs:
             self._training.backlog.write(lambda: (self._training.matcher.resume(), self._mark_unconfirmed()), 0)
         elif not self.output.is_known:
             self.state.tracker.resume()
-            skip_matching_if_empty(self.state.tracker, self.paths())
+            skip_matching_if_empty(self.state.tracker, self._step_paths())
 
     def begin(self, first_step: int) -> None:
         """Drop the rows from that step on: it is run again."""
@@ -453,7 +461,7 @@ class RunLogs:
             return
         if self.state.tracker.record_step():
             self._training.cut(step, row=row)
-            for each in self._files[1:]:
+            for each in self._step_files[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
@@ -473,6 +481,15 @@ class RunLogs:
     def add_alert(self, row: Row) -> None:
         """Add an alert."""
         self._alerts.add_lines(json_line(row) + b"\n", may_repeat=self.state.tracker.is_matching)
+
+    def add_sample(self, event: EventInfo, row: Row) -> None:
+        """Add a sample of the machine, unless it is in the file. Steps that are run again void none."""
+        # Not by `output`: samples are in a stream of their own, whose order with the training is not known.
+        stream, last = self.state.last_sample
+        if event.sequence and event.stream == stream and event.sequence <= last:
+            return
+        self.state.last_sample = (event.stream, event.sequence)
+        self._samples.add_lines(json_line(row) + b"\n", may_repeat=self.state.tracker.is_matching)
 
     def put_data(self, rows: Iterable[Row]) -> None:
         """Write the training data in place of earlier ones."""
@@ -544,7 +561,7 @@ class RunLogs:
     def _cut(self, first_step: int) -> None:
         self.state.new_evals = []
         self.state.last_step = max(0, min(self.state.last_step, first_step - 1))
-        for each in self._files:
+        for each in self._step_files:
             each.cut(first_step)
 
     def _mark_unconfirmed(self) -> None:
@@ -555,7 +572,7 @@ class RunLogs:
 
     def _apply_start(self, first_step: int) -> None:
         """Apply a pending start to the eval files; the training rows were cut already."""
-        for each in self._files[1:]:
+        for each in self._step_files[1:]:
             each.cut(first_step)
         self._put_deferred(keep_existing=False)
         self.state.new_evals, self.state.unconfirmed_evals = [], []

@@ -116,9 +116,9 @@ class WandbRun(LoggedRun[WandbRunState]):
         log = RecordLog(path, savepoints, records, flush_seconds)
         super().__init__(log, load_state(output, path) or state or _state_from_file(log, records, now), output)
         self.event_time = event_time
-        if self.notes.row_count < 0:
-            self.notes.row_count = sum(records.info(each).row >= 0 for each in log.records())
-        self.notes.path = str(path)
+        if self.state.row_count < 0:
+            self.state.row_count = sum(records.info(each).row >= 0 for each in log.records())
+        self.state.path = str(path)
         self.upload: Upload | None = None
         self._records = records
         self._clock = clock
@@ -127,11 +127,11 @@ class WandbRun(LoggedRun[WandbRunState]):
         self, config: object, plain: Mapping[str, Any], extras: Mapping[str, Any], **names: str | None
     ) -> None:
         """Log the run's description, once."""
-        if self.notes.described:
+        if self.state.described:
             return
-        self.notes.described = True
-        if not self.notes.start_time:
-            self.notes.start_time = self._now()
+        self.state.described = True
+        if not self.state.start_time:
+            self.state.start_time = self._now()
             self._add(self._records.version(self.id))
         of_run = plain.get("run_config")
         flat: dict[str, Any] = {} if of_run is None else {"run_config": of_run}
@@ -141,24 +141,24 @@ class WandbRun(LoggedRun[WandbRunState]):
             flat["experiment" if "experiment" not in flat else "experiment_config"] = plain["config"]
         names["notes"] = str(extras.get("notes") or "") or hypothesis_of(config)
         tags = [str(each) for each in list_or_empty(extras.get("tags"))]
-        self._add(self._records.run(self.id, flat, self.notes.start_time, tags, **names))
-        if self.notes.config_updates:
-            self._add(self._records.config(self.id, self.notes.config_updates))
+        self._add(self._records.run(self.id, flat, self.state.start_time, tags, **names))
+        if self.state.config_updates:
+            self._add(self._records.config(self.id, self.state.config_updates))
         self.set_axes(extras.get("axes"))
 
     def set_axes(self, axes: object) -> None:
         """Set the x axis of metrics; those that are defined already are defined again with their next row."""
         named = {str(name): str(axis) for name, axis in fields(axes).items()}
-        if named != self.notes.axes:
-            self.notes.axes = named
-            self.notes.defined_metrics = {name for name in self.notes.defined_metrics if not self._axes_of(name)}
+        if named != self.state.axes:
+            self.state.axes = named
+            self.state.defined_metrics = {name for name in self.state.defined_metrics if not self._axes_of(name)}
 
     def add_config(self, changed: Mapping[str, Any], ctx: object) -> None:
         """See `LoggedRun.add_config`."""
         self.set_axes(field(field(ctx, "extras"), "axes"))
         if changed:
             values = values_of(changed)
-            self.notes.config_updates |= values
+            self.state.config_updates |= values
             self._add(self._records.config(self.id, values))
 
     def add_summary(self, values: object) -> None:
@@ -171,37 +171,37 @@ class WandbRun(LoggedRun[WandbRunState]):
 
     def begin(self, first_step: int) -> None:
         """See `LoggedRun.begin`; a run that had ended continues."""
-        self.notes.failed = None
+        self.state.failed = None
         super().begin(first_step)
-        if self.notes.ended and self.notes.tracker.pending_start is None:
+        if self.state.ended and self.state.tracker.pending_start is None:
             self._void_from(math.inf)
 
     def defer_step(self, step: int, metrics: object) -> None:
         """Record a step that is not due; `log_deferred_step` logs it if no later one follows."""
         self.add_step(step, None)
-        if self.notes.deferred_evals is None or step >= self.notes.deferred_evals[0]:
-            self.notes.deferred_evals = (step, values_of(metrics), self.event_time)
+        if self.state.deferred_evals is None or step >= self.state.deferred_evals[0]:
+            self.state.deferred_evals = (step, values_of(metrics), self.event_time)
 
     def log_deferred_step(self) -> None:
         """Log the last step if it was not due."""
-        if self.notes.deferred_evals is not None:
-            (step, values, event_time), now = self.notes.deferred_evals, self.event_time
+        if self.state.deferred_evals is not None:
+            (step, values, event_time), now = self.state.deferred_evals, self.event_time
             self.event_time = event_time
             self._write(TRAIN, step, values)
             self.event_time = now
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Add values to the run's summary."""
-        self.notes.summary |= values
-        self._add(self._records.summary(self.id, self.notes.summary))
+        self.state.summary |= values
+        self._add(self._records.summary(self.id, self.state.summary))
 
     def finish(self) -> None:
         """Log the last step, and the end of the run if an event has announced it."""
         self.log_deferred_step()
-        if self.notes.failed is not None and not self.notes.ended:
+        if self.state.failed is not None and not self.state.ended:
             self.summarize({})
-            self._add(self._records.exit(self.id, failed=self.notes.failed))
-            self.notes.ended = True
+            self._add(self._records.exit(self.id, failed=self.state.failed))
+            self.state.ended = True
             self._update_upload()
 
     def attach_upload(self, upload: Upload) -> None:
@@ -214,21 +214,21 @@ class WandbRun(LoggedRun[WandbRunState]):
         """See `LoggedRun._write`; a row has the values of one stream and its own step."""
         step_name = f"{stream}/step"
         row = _row(stream, step, values)
-        for name in row.keys() - self.notes.defined_metrics:
+        for name in row.keys() - self.state.defined_metrics:
             axis = next((each for each in self._axes_of(name) if each in row and each != name), None)
             step_metric = axis or (None if name == step_name else step_name)
             self._add(self._records.metric(self.id, name, step_metric, replaces=axis is not None))
-            self.notes.defined_metrics.add(name)
+            self.state.defined_metrics.add(name)
         now = self._now()
-        times = {"_timestamp": now, "_runtime": max(0.0, now - self.notes.start_time)}
-        if not (self.notes.tracker.position_unknown and self._is_repeated(self._key(row, now))):
-            self._add(self._records.row(self.id, self.notes.next_row, row | times))
-            self.notes.next_row += 1
-            self.notes.row_count += 1
+        times = {"_timestamp": now, "_runtime": max(0.0, now - self.state.start_time)}
+        if not (self.state.tracker.position_unknown and self._is_repeated(self._key(row, now))):
+            self._add(self._records.row(self.id, self.state.next_row, row | times))
+            self.state.next_row += 1
+            self.state.row_count += 1
             self._update_upload()
-        if stream == TRAIN and self.notes.deferred_evals is not None and step >= self.notes.deferred_evals[0]:
-            self.notes.deferred_evals = None
-        self.notes.summary |= row
+        if stream == TRAIN and self.state.deferred_evals is not None and step >= self.state.deferred_evals[0]:
+            self.state.deferred_evals = None
+        self.state.summary |= row
         if stream != TRAIN:
             self.summarize({})
 
@@ -272,10 +272,10 @@ class WandbRun(LoggedRun[WandbRunState]):
         found = media_of(self._media_root, step, content)
         name = content.name if isinstance(found.value, dict) else f"{content.kind}/{content.name}"  # one type per name
         values = {name: found.value}
-        if self.notes.tracker.pending_start is not None:
+        if self.state.tracker.pending_start is not None:
             self._resolve_pending_start(is_logged=self._has_row(MEDIA, step, values))
-        if found.remark and found.remark not in self.notes.remarks:
-            self.notes.remarks.add(found.remark)
+        if found.remark and found.remark not in self.state.remarks:
+            self.state.remarks.add(found.remark)
             log().info("wandb.content_as_file", run=self.id, name=content.name, why=found.remark)
         for path in found.files:
             self._add(self._records.file(self.id, path))
@@ -287,7 +287,7 @@ class WandbRun(LoggedRun[WandbRunState]):
 
     def _axes_of(self, name: str) -> list[str]:
         """Return the possible names of the axis that the program has defined for a metric."""
-        for pattern, axis in self.notes.axes.items():
+        for pattern, axis in self.state.axes.items():
             for each in (pattern, prefixed(TRAIN, pattern)):
                 if name.startswith(each[:-1]) if each.endswith("*") else name == each:
                     return [axis, prefixed(TRAIN, axis)]
@@ -296,23 +296,23 @@ class WandbRun(LoggedRun[WandbRunState]):
     def add_sample(self, step: int, values: object) -> None:
         """See `LoggedRun.add_sample`; one that comes after the end of the run is left out, and does not reopen it."""
         with self.lock:
-            if not self.notes.ended:
+            if not self.state.ended:
                 super().add_sample(step, values)
 
     def _void_from(self, first_step: float) -> None:
         """See `LoggedRun._void_from`; also removes the end of the run, because W&B reads no further."""
         self._rewrite(lambda payloads: self._records.without_steps_from(first_step, payloads))
-        if self.notes.deferred_evals is not None and self.notes.deferred_evals[0] >= first_step:
-            self.notes.deferred_evals = None
-        self.notes.ended = False
+        if self.state.deferred_evals is not None and self.state.deferred_evals[0] >= first_step:
+            self.state.deferred_evals = None
+        self.state.ended = False
         self._update_upload()
 
     def _reorder(self) -> None:
         self._rewrite(self._records.without_replaced_evals)
-        self.notes.needs_reorder = False
+        self.state.needs_reorder = False
 
     def _add(self, payload: bytes) -> None:
-        if self.notes.ended:
+        if self.state.ended:
             self._void_from(math.inf)
         self.log.add(payload)
 
@@ -324,7 +324,7 @@ class WandbRun(LoggedRun[WandbRunState]):
             for payload in change(payloads):
                 row_count += self._records.info(payload).row >= 0
                 yield payload
-            self.notes.row_count = row_count
+            self.state.row_count = row_count
             self._update_upload()
 
         self.log.rewrite(counted)
@@ -332,7 +332,7 @@ class WandbRun(LoggedRun[WandbRunState]):
 
     def _update_upload(self) -> None:
         if self.upload is not None:
-            self.upload.row_count, self.upload.ended = self.notes.row_count, self.notes.ended
+            self.upload.row_count, self.upload.ended = self.state.row_count, self.state.ended
 
     def _now(self) -> float:
         return self.event_time if self._clock is None else self._clock()

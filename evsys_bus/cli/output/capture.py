@@ -9,9 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
 from typing import Final, TextIO
 
 from evsys_bus.codec import json_line
+from evsys_bus.run_files import OUTPUT_FILE
 
 MAX_LINES: Final = 2_000
 """Limit of lines until the next redraw; beyond it the oldest are dropped and counted."""
@@ -114,7 +117,7 @@ def guard_stdout(*, result_is_json: bool, progress_is_json: bool) -> Generator[N
         with redirect_stdout(sys.stderr):
             yield
         return
-    stream = CapturedStream(sys.stderr, _write_json_lines)
+    stream = CapturedStream(sys.stderr, partial(_write_json_lines, sys.stderr.write))
     try:
         with redirect_stdout(stream):
             yield
@@ -122,7 +125,20 @@ def guard_stdout(*, result_is_json: bool, progress_is_json: bool) -> Generator[N
         stream.finish()
 
 
-def _write_json_lines(lines: list[str]) -> None:
+def _write_json_lines(write: Callable[[str], int], lines: list[str]) -> None:
     for line in lines:
-        sys.stderr.write(json_line({"event": "printed", "text": line}).decode() + "\n")
+        write(json_line({"event": "printed", "text": line}).decode() + "\n")
         sys.stderr.flush()
+
+
+@contextmanager
+def keep_output(run_dir: Path) -> Generator[None]:
+    """Copy what Python code prints within the block into ``output.log``, but not the view of the progress."""
+    from evsys_bus.front.output import OutputCapture  # only where something runs
+
+    capture = OutputCapture(run_dir / OUTPUT_FILE)
+    capture.start((io.TextIOWrapper, CapturedStream))
+    try:
+        yield
+    finally:
+        capture.stop()

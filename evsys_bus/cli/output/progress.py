@@ -148,6 +148,7 @@ class LineView:
     ) -> None:
         self._tracker = tracker
         self._stream = stream
+        self._write = stream.write  # bound now: lines of progress are not among what is copied into output.log
         self._format_line = format_line
         self._last_pulse = tracker.clock()
         self._next_drain_line = SHORT_DRAIN_SECONDS
@@ -179,7 +180,7 @@ class LineView:
             lines += [self._format_line(transfer_facts("uploading", each)) for each in uploads.active]
         lines += self._drain_lines()
         if lines:
-            self._stream.write("".join(f"{line}\n" for line in lines))
+            self._write("".join(f"{line}\n" for line in lines))
             self._stream.flush()
 
     def _drain_lines(self) -> list[str]:
