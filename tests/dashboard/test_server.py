@@ -358,6 +358,8 @@ def test_the_page_is_served_for_its_own_urls_and_assets_are_kept_by_browsers(tmp
             answer = dashboard.request("GET", path, token=None)
             assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
             assert answer.headers["cache-control"] == "no-cache"
+        assert dashboard.request("GET", "/health", token=None, Accept="text/html,*/*").body.startswith(b"<!doctype")
+        assert dashboard.request("GET", "/health", token=None, Accept="*/*").json["protocol"] == 1
         script = dashboard.request("GET", "/assets/app-1a2b.js", token=None, Accept_Encoding="gzip, br")
         assert gzip.decompress(script.body) == b"1;" * 2000
         assert script.headers["content-type"] == "text/javascript; charset=utf-8"

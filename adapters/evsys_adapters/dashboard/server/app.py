@@ -91,8 +91,9 @@ class DashboardApp:
         self._retention_seconds: Final = settings.retention_seconds
         self._last_ingest = time.monotonic()
         self._version: Final = version("evsys-bus")
+        self._page: Final = PageFiles(settings.page_folder)
         app = Starlette(
-            routes=self._routes(PageFiles(settings.page_folder)),
+            routes=self._routes(),
             exception_handlers={
                 AnswerError: _answer_error,
                 HTTPException: _answer_http_error,
@@ -114,7 +115,7 @@ class DashboardApp:
         viewed = time.monotonic() if self.hub.clients or self._imports.is_running else self.hub.last_viewed
         return max(viewed, self._last_ingest)
 
-    def _routes(self, page: PageFiles) -> list[BaseRoute]:
+    def _routes(self) -> list[BaseRoute]:
         hosted_routes = [
             Route(f"{HOSTED_PATH}sdk/data{slash}", self._hosted_gateway, methods=["POST"]) for slash in ("", "/")
         ]
@@ -132,8 +133,8 @@ class DashboardApp:
             *hosted_routes,
             Route(HOSTED_PATH + "{path:path}", self._hosted_rest, methods=["POST"]),
             Route("/api/{path:path}", _no_such_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
-            Route("/assets/{name}", page.asset),
-            Route("/{path:path}", page.index),
+            Route("/assets/{name}", self._page.asset),
+            Route("/{path:path}", self._page.index),
         ]
 
     @contextlib.asynccontextmanager
@@ -145,7 +146,9 @@ class DashboardApp:
             yield
             tasks.cancel_scope.cancel()
 
-    async def _health(self, _: Request) -> Response:
+    async def _health(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):  # a browser: the page of that name
+            return await self._page.index(request)
         store_id = await self._store.call(lambda store: store.id)
         return json_response(
             {
