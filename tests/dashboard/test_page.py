@@ -391,7 +391,8 @@ def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
 def test_numbers_are_rounded_to_their_deviation() -> None:
     assert computed(
         "format.ts",
-        """[...[[1.79012, 0.00712], [0.5, 0.0123], [1.5e-7, 2e-9], [0.25, null], [0.03, 0.004, true], [412345, 812]].map(
+        """[...[[1.79012, 0.00712], [0.5, 0.0123], [1.5e-7, 2e-9], [0.25, null], [0.03, 0.004, true], [412345, 812]]
+            .map(
             (value) => m.withDeviation(...value)), ...[-0.00001234, 12345.6, null].map(m.number)]""",
     ) == [
         "1.790 ± 0.007",
