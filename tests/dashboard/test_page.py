@@ -373,9 +373,9 @@ def computed(source: str, expression: str) -> Any:
 def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
     assert computed(
         "format.ts",
-        """[m.tickTexts([0, 1e-5, 2e-5], 1e-5), m.tickTexts([1.25, 1.5, 1.75], 0.25), m.tickTexts([0, 10000, 20000], 10000),
-            m.tickTexts([100000.5, 100001], 0.5), m.tickTexts([1.000001, 1.000002], 1e-6), m.tickTexts([0.00012, 0.00014], 2e-5),
-            m.tickTexts([-0.5, 0, 0.5], 0.5), m.tickTexts([2500, 5000, 7500], 2500)]""",
+        """[[[0, 1e-5, 2e-5], 1e-5], [[1.25, 1.5, 1.75], 0.25], [[0, 10000, 20000], 10000], [[100000.5, 100001], 0.5],
+            [[1.000001, 1.000002], 1e-6], [[0.00012, 0.00014], 2e-5], [[-0.5, 0, 0.5], 0.5], [[2500, 5000, 7500], 2500]
+        ].map(([values, distance]) => m.tickTexts(values, distance))""",
     ) == [
         ["0", "1e-5", "2e-5"],
         ["1.25", "1.50", "1.75"],
@@ -391,9 +391,9 @@ def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
 def test_numbers_are_rounded_to_their_deviation() -> None:
     assert computed(
         "format.ts",
-        """[m.withDeviation(1.79012, 0.00712), m.withDeviation(0.5, 0.0123), m.withDeviation(1.5e-7, 2e-9), m.withDeviation(0.25, null),
-            m.withDeviation(0.03, 0.004, true), m.withDeviation(412345, 812), m.number(-0.00001234), m.number(12345.6),
-            m.number(null)]""",
+        """[...[[1.79012, 0.00712], [0.5, 0.0123], [1.5e-7, 2e-9], [0.25, null], [0.03, 0.004, true], [412345, 812]]
+            .map(
+            (value) => m.withDeviation(...value)), ...[-0.00001234, 12345.6, null].map(m.number)]""",
     ) == [
         "1.790 ± 0.007",
         "0.500 ± 0.012",
