@@ -131,6 +131,7 @@ def test_an_envelope_that_cannot_be_read_costs_no_other(shared):
     odd = [b"\xc0", b"\x93\x01\x02\x03", b"\x81\xa3seq\x05", b"\x91" * 400 + b"\xc0"]
     answer = shared.ingest(trainer.stream, 0, [*good, *odd])
     assert (answer.status, answer.json["events"]) == (200, 4)
+    assert answer.json["unreadable"] >= 1
     assert answer.json["sequence"] >= 4
 
 
