@@ -9,7 +9,7 @@ import time
 import pytest
 
 from support import TESTS
-from support.point_stores import open_store, points_of
+from support.point_stores import differing, open_store, points_of
 from support.store_killed import points_until
 
 
@@ -35,7 +35,8 @@ def check(folder, acknowledged):
     assert stored >= acknowledged
     found = {info.name: points_of(store, info.id) for info in store.series.names(1)}
     expected = points_until(stored)
-    assert found == (expected if stored else {})
+    assert list(found) == (list(expected) if stored else [])
+    assert {name: differing(points, expected[name]) for name, points in found.items()} == {name: [] for name in found}
     assert [info.n for info in store.series.names(1)] == [len(points) for points in found.values()]
     store.close()
     return stored
