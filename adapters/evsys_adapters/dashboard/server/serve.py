@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -26,6 +27,7 @@ from evsys_bus.errors import EvsysBusError
 
 DEFAULT_PORT: Final = 8420
 IDLE_SECONDS: Final = 43_200.0
+_OPEN_FILES: Final = 4096
 _MAX_PORTS: Final = 50
 _TICK_SECONDS: Final = 0.25
 _STOP_SECONDS: Final = 2
@@ -181,6 +183,7 @@ def serve(
         EvsysBusError: The port is in use.
         OSError: The address cannot be bound.
     """
+    _allow_many_files()
     settings = DashboardSettings(
         token=state_file.load_token() or secrets.token_urlsafe(32),
         allowed_hosts=(*allowed_hosts, *(() if host in {"0.0.0.0", "::", ""} else (host,))),  # noqa: S104 # compared
@@ -188,6 +191,15 @@ def serve(
         keep_days=keep_days,
     )
     DashboardServer(path, host=host, port=port, settings=settings, idle_seconds=idle_seconds, on_ready=on_ready).run()
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files, so that connections do not use all of them up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def listen(host: str, port: int | None) -> socket.socket:
