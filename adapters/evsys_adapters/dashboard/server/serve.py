@@ -23,7 +23,7 @@ from evsys_adapters.dashboard.server.protocol import ConnectionLimits, http_prot
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.state_file import DashboardState
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import DashboardError
 
 DEFAULT_PORT: Final = 8420
 IDLE_SECONDS: Final = 43_200.0
@@ -85,7 +85,7 @@ class DashboardServer:
 
         Raises:
             StoreError: The database cannot be opened.
-            EvsysBusError: The port is in use.
+            DashboardError: The port is in use.
             OSError: The address cannot be bound.
         """
         listening = listen(self._host, self._port)
@@ -180,7 +180,7 @@ def serve(
 
     Raises:
         StoreError: The database cannot be opened.
-        EvsysBusError: The port is in use.
+        DashboardError: The port is in use.
         OSError: The address cannot be bound.
     """
     _allow_many_files()
@@ -203,7 +203,7 @@ def _allow_many_files() -> None:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Return a listening socket; for None at the default port or the next free one. Raises EvsysBusError, OSError."""
+    """Return a listening socket; for None at the default port or the next free one. Raises DashboardError, OSError."""
     first = DEFAULT_PORT if port is None else port
     for candidate in range(first, first + (_MAX_PORTS if port is None else 1)):
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -221,7 +221,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         else:
             listening.setblocking(False)
             return listening
-    raise EvsysBusError(f"port {first} is in use", fix="give another one, or 0 for any that is free")
+    raise DashboardError(f"port {first} is in use", fix="give another one, or 0 for any that is free")
 
 
 class _Server(uvicorn.Server):
