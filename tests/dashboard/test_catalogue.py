@@ -324,6 +324,26 @@ class TestStates:
         assert "x" in run_of(store).error
 
 
+class TestRanks:
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_the_lowest_rank_that_trains_ends_the_run(self, store, order):
+        ctx = context()
+        ranks = {rank: Delivery(store, f"r{rank}-a", rank=rank) for rank in (0, 1)}
+        for rank in order:
+            train(ranks[rank], ctx, status=None)
+        ranks[1].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        assert (run_of(store).status, run_of(store).rank) == (None, 0)
+        ranks[0].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        ranks[1].send(RunStart(ctx))
+        assert run_of(store).status == "completed"
+
+    def test_the_error_of_another_rank_is_shown(self, store):
+        ctx = context()
+        train(Delivery(store), ctx, status=None)
+        train(Delivery(store, "r3-a", rank=3), ctx, status="failed", error="CUDA out of memory")
+        assert (run_of(store).status, run_of(store).error) == (None, "rank 3: CUDA out of memory")
+
+
 class TestRunFacts:
     def test_config_updates_summaries_environment_and_annotations_are_kept(self, store, delivery):
         ctx = context(
@@ -451,6 +471,13 @@ class TestExperiments:
         delivery.send(ExperimentEnd(ctx, result))
         assert (record.status, record.best_arm, record.best_score) == ("completed", "lr=0.2", 0.9)
         assert record.conclusion == "lr=0.2 is best."
+
+    def test_an_earlier_attempt_that_comes_late_does_not_end_an_experiment(self, store):
+        ctx = LogContext("/runs/lr", config=CONFIG)
+        Delivery(store, "r0-000002-20260102T000000-0000abcd", start=START + 100).send(ExperimentStart(ctx))
+        earlier = Delivery(store, "r0-000001-20260101T000000-0000abcd")
+        earlier.send(ExperimentStart(ctx), ExperimentEnd(ctx, ExperimentResult("lr sweep", "cancelled")))
+        assert (experiment_of(store).status, experiment_of(store).ended) == (None, None)
 
     def test_runs_belong_to_the_experiment_of_their_directory(self, store, delivery):
         ctx = LogContext("/runs/lr", config=CONFIG)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import random
 import socket
 import time
 from urllib.parse import quote
@@ -344,3 +345,66 @@ def text_frame(message):
     payload = json.dumps(message).encode()
     assert len(payload) < 126
     return bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+
+
+class DrawnChart:
+    """A page that draws one chart: it reads it, applies frames, and reads it anew when a frame says so."""
+
+    def __init__(self, dashboard, id_):
+        self.dashboard, self.id, self.topic = dashboard, id_, chart_topic(id_, lines="members")
+        self.frame, self.points = self.read()
+
+    def read(self):
+        query = {"metric": "train/loss", "buckets": 5000, "lines": "members"}
+        header, numbers = self.dashboard.charts(self.id, query)
+        assert header["charts"][0]["width"] == 1
+        return header["frame"], self.points_of(header["charts"][0], numbers)
+
+    def points_of(self, chart, numbers):
+        return {
+            (line["run"], x): value
+            for line in chart["lines"]
+            for x, value in zip(values(numbers, line["x"]), values(numbers, line["mean"]), strict=True)
+        }
+
+    def receive(self, live, timeout):
+        try:
+            header, numbers = receive(live, timeout)
+        except TimeoutError:
+            return
+        if header["kind"] == "data":
+            self.frame = header["frame"]
+            self.points.update(self.points_of(header["chart"], numbers))
+        else:
+            self.frame, self.points = self.read()
+
+
+def send_something(dashboard, choose, trainer):
+    if choose.random() < 0.2:
+        trainer.send(dashboard, trainer.resume(choose.randrange(max(1, trainer.step))))
+    else:
+        count = choose.choice([1, 1, 2, 5, 100])
+        trainer.send(dashboard, trainer.steps(count, loss=lambda _: choose.random()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_page_that_applies_all_frames_shows_what_is_read_anew(shared, seed):
+    choose = random.Random(seed)
+    trainers = [Trainer(f"arm__s{n}", root=f"/runs/model-{seed}", config={"seed": n, "name": "arm"}) for n in range(2)]
+    for trainer in trainers:
+        trainer.send(shared, trainer.start() + trainer.steps(5))
+    (id_,) = [row["id"] for row in shared.get("/api/home")["experiments"] if row["name"] == f"model-{seed}"]
+    chart = DrawnChart(shared, id_)
+    for _ in range(6):
+        with shared.live() as live:
+            subscribe(live, (chart.topic, chart.frame))
+            for _ in range(choose.randrange(12)):
+                send_something(shared, choose, choose.choice(trainers))
+                chart.receive(live, choose.choice([0.0, 0.0, 0.05]))
+        send_something(shared, choose, choose.choice(trainers))  # while nobody views it
+    with shared.live() as live:
+        subscribe(live, (chart.topic, chart.frame))
+        deadline = time.monotonic() + 10
+        while chart.points != chart.read()[1]:
+            assert time.monotonic() < deadline
+            chart.receive(live, 0.2)

@@ -96,6 +96,30 @@ def test_all_series_of_a_chart_have_one_width_and_a_range_is_read_finer(tmp_path
     assert len(zoomed.lines[1].x) == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "buckets", "width", "drawn"),
+    [
+        (range(1024), 240, 8, 128),
+        (range(0, 16 * 32, 16), 30, 32, 16),
+        (range(10**6, 10**6 + 16 * 100, 16), 60, 32, 50),
+        (range(1900, 2100), 150, 2, 100),
+        (range(100_000), 500, 256, 391),
+        (range(9000), 500, 32, 282),
+    ],
+)
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "written"])
+def test_a_width_is_the_finest_one_with_so_many_buckets(tmp_path, steps, buckets, width, drawn, is_open):
+    store = open_store(tmp_path)
+    with store.transaction():
+        for step in steps:
+            store.series.add_row(1, 0, step, None, {"loss": 0.5})
+    if not is_open:
+        store.close()
+        store = open_store(tmp_path)
+    chart = store.series.read([info_of(store, 1, "loss").id], buckets=buckets)
+    assert (chart.width, len(chart.lines[0].x)) == (width, drawn)
+
+
 def test_a_late_point_changes_its_bucket_and_no_other(tmp_path):
     store, series = stored(tmp_path, range(0, 20_000, 2))
     before = store.series.read([series], width=32).lines[0]

@@ -6,7 +6,7 @@ import { Swatch } from "./arms";
 import { canvasColours } from "./colours";
 import { merged } from "./curves";
 import { count, csv, number, shortened } from "./format";
-import { connection, follow } from "./live";
+import { connection, subscribe } from "./live";
 import { Plot } from "./plot";
 import type { Chart, Experiment, Metric } from "./types";
 import * as view from "./view";
@@ -138,8 +138,8 @@ function Legend({ experiment, slots }: { experiment: Experiment; slots: Map<stri
           aria-pressed={!hidden.has(name)}
           title="show or hide"
           onClick={() => (view.hiddenArms.value = view.toggled(hidden, name))}
-          onMouseEnter={() => (view.raisedArm.value = name)}
-          onMouseLeave={() => (view.raisedArm.value = null)}
+          onMouseEnter={() => (view.highlightedArm.value = name)}
+          onMouseLeave={() => (view.highlightedArm.value = null)}
         >
           <Swatch slot={slots.get(name) ?? 0} />
           <span class="text">{shortened(name, 60)}</span>
@@ -167,15 +167,15 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Exper
     return () => observer.unobserve(element);
   }, []);
   const isLog = view.logCharts.value.has("*") !== view.logCharts.value.has(metric.name);
-  const hold = (held: boolean) => (view.chartInHand.value = held ? metric.name : null);
+  const setActive = (isActive: boolean) => (view.activeChart.value = isActive ? metric.name : null);
   return (
-    <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => hold(true)} onBlur={() => hold(false)}>
+    <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => setActive(true)} onBlur={() => setActive(false)}>
       <h3 title={shortened(metric.name, 500)}>
         <span class="text">{metric.name}</span>
         {isLog && <span class="mark">log</span>}
       </h3>
       {isIn ? (
-        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} hold={hold} />
+        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} setActive={setActive} />
       ) : (
         <div class="plot" />
       )}
@@ -188,10 +188,10 @@ interface CurvesProps {
   experiment: Experiment;
   slots: Map<string, number>;
   isLog: boolean;
-  hold: (held: boolean) => void;
+  setActive: (isActive: boolean) => void;
 }
 
-function Curves({ metric, experiment, slots, isLog, hold }: CurvesProps) {
+function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
   const host = useRef<HTMLDivElement>(null);
   const plot = useRef<Plot | null>(null);
   const [chart, error] = useChart(experiment.id, metric);
@@ -202,15 +202,15 @@ function Curves({ metric, experiment, slots, isLog, hold }: CurvesProps) {
   const order = experiment.arms.map((arm) => arm.name);
 
   useLayoutEffect(() => {
-    plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: hold });
+    plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: setActive });
     const resized = new ResizeObserver(() => plot.current?.resize());
     resized.observe(host.current!);
-    const stop = effect(() => plot.current?.raise(view.raisedArm.value));
+    const stop = effect(() => plot.current?.highlight(view.highlightedArm.value));
     return () => {
       stop();
       resized.disconnect();
       plot.current?.destroy();
-      hold(false);
+      setActive(false);
     };
   }, []);
 
@@ -262,7 +262,7 @@ interface Loaded {
   zoom: [number, number] | null;
 }
 
-/** A chart as the view's settings ask for it, kept up to date. */
+/** A chart as the view's settings ask for it, updated live. */
 function useChart(experiment: string, metric: string): [Loaded | null, string] {
   const [loaded, setLoaded] = useState<Loaded | null>(null);
   const [error, setError] = useState("");
@@ -276,11 +276,11 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
   useEffect(() => {
     let isOver = false;
     let timer = 0;
-    let endFollowing = () => {};
+    let unsubscribe = () => {};
     let drawing = 0;
     const load = async () => {
       timer = 0;
-      endFollowing();
+      unsubscribe();
       const [from, to] = zoom ?? [null, null];
       try {
         const { chart, frame } = await fetchChart(experiment, { metric, lines, from, to, buckets: BUCKETS, x });
@@ -289,7 +289,7 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
         setError("");
         setLoaded({ chart, x, zoom });
         if (isPaused) return;
-        endFollowing = follow(`c/${experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
+        unsubscribe = subscribe(`c/${experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
           if (header.kind !== "data") {
             loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
           } else if (x !== "step") {
@@ -317,7 +317,7 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
       isOver = true;
       clearTimeout(timer);
       cancelAnimationFrame(drawing);
-      endFollowing();
+      unsubscribe();
     };
   }, [experiment, metric, lines, x, zoom?.[0], zoom?.[1], isPaused]);
 

@@ -44,6 +44,8 @@ class ExperimentRecord(msgspec.Struct, omit_defaults=True):
     uuid: str | None = None
     has_start: bool = False
     """Whether it has an ExperimentStart, so that it goes on until its end event."""
+    start: tuple[str, float] | None = None
+    """Stream and time of its newest ExperimentStart."""
     status: str | None = None
     """By its end event; None while it is open."""
     hypothesis: str | None = None

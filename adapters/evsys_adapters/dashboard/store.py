@@ -93,7 +93,7 @@ class Store:
         *,
         catalogue: Callable[[Database, SeriesStore], Catalogue] = Catalogue,
         checkpoint_points: int = 400_000,
-        timeout_seconds: float = 5.0,
+        timeout_seconds: float = 1.0,
     ) -> "Self":
         """Open a database, created if needed, bring it to this version, and apply the log that a kill left.
 

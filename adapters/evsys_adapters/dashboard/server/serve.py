@@ -158,6 +158,7 @@ def serve(
     open_loopback: bool = False,
     idle_seconds: float = IDLE_SECONDS,
     allowed_hosts: Iterable[str] = (),
+    keep_days: float | None = None,
     on_ready: Callable[[DashboardState], object] | None = None,
 ) -> None:
     """Serve a dashboard until SIGTERM or SIGINT.
@@ -171,6 +172,8 @@ def serve(
         open_loopback: Whether the routes of the hosted service accept any token from this machine.
         idle_seconds: It ends after so long without a viewer and without events.
         allowed_hosts: Names besides those of loopback by which browsers reach it, such as that of a proxy.
+        keep_days: Experiments without an event for so many days go to the trash, and after 30 more days are removed;
+            None keeps all.
         on_ready: Called with the state once it listens.
 
     Raises:
@@ -182,6 +185,7 @@ def serve(
         token=state_file.load_token() or secrets.token_urlsafe(32),
         allowed_hosts=(*allowed_hosts, *(() if host in {"0.0.0.0", "::", ""} else (host,))),  # noqa: S104 # compared
         open_loopback=open_loopback,
+        keep_days=keep_days,
     )
     DashboardServer(path, host=host, port=port, settings=settings, idle_seconds=idle_seconds, on_ready=on_ready).run()
 
