@@ -225,7 +225,7 @@ class EventBus:
     def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
         """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
         next_parts = self._publisher.next_parts if type(self).publish is EventBus.publish else {}
-        next_parts[id(row)] = next_part
+        next_parts[id(row)] = row, next_part
         try:
             self.publish(row)
         finally:
@@ -236,6 +236,11 @@ class EventBus:
     def record(self, event: Event) -> None:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
         self._publisher.record(event)
+
+    @property
+    def journal_writer(self) -> JournalWriter | None:
+        """What writes the journal; None if nothing is recorded."""
+        return None if self._recorder is None else self._recorder.writer
 
     @property
     def redaction(self) -> Redaction:

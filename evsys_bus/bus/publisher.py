@@ -106,7 +106,7 @@ class Publisher:
         self._token_recovery = TokenRecovery(
             self._tokens, self._stack_reader.find_holders, lambda: sum(self.dispatches.published_counts().values())
         )
-        self.next_parts: dict[int, Metrics] = {}
+        self.next_parts: dict[int, tuple[Event, Metrics]] = {}
         """That of the recorder while no callback has a hook for parts, else one that nothing takes parts from."""
         self._recompile()
         _publishers.add(self)
@@ -188,8 +188,8 @@ class Publisher:
         def record_now() -> None:
             self._record_now(event, time.time())
 
-        if self.recorder is not None and self.state == "open":
-            self._with_token(record_now)
+        if self.recorder is not None and self.state == "open" and not self._with_token(record_now):
+            self._queue.append(record_now)
 
     def _record_after_close(self, event: Event, published: float) -> None:
         """Record for a publish that was inside a hook when the bus was closed."""

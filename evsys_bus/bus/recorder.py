@@ -85,8 +85,11 @@ class EventRecorder:
         """Runs with a RunStart: run key and directory of the experiment."""
         self._recorded_contexts: set[tuple[str | None, str]] = set()
         """Runs whose context is recorded, likewise."""
-        self.next_parts: Final[dict[int, Metrics]] = {}
-        """By ``id`` of a StepEnd that is being published: the part to be recorded with it, by the same write."""
+        self.next_parts: Final[dict[int, tuple[Event, Metrics]]] = {}
+        """By ``id`` of a StepEnd that is being published: itself and the part to be recorded with it, by one write.
+
+        An interrupt may leave one here; as it holds its event, no other event gets that ``id``.
+        """
         self._last_part: Final = LastPart()
         self.joined_parts = 0
         """How many parts were recorded in this way."""
@@ -212,7 +215,7 @@ class EventRecorder:
                 if part is None:
                     append(event, now)
                 else:
-                    append_pair(event, part, now)
+                    append_pair(event, part[1], now)
                     self.joined_parts += 1
                     next_parts.pop(id(event), None)
             except UnrecordedError as error:  # only if the journal is configured to raise

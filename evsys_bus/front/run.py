@@ -5,6 +5,7 @@ Every method publishes one event, which is on record when the method returns.
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -51,8 +52,9 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open, to_row
+from evsys_bus.front.rows import LoggedRow, Row, RowMerger, UnpublishedRows, rows_left_open, to_row, was_first_hook_interrupted
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
+from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 Capture = Literal["auto", True, False]
 _MAX_STEP: Final = (1 << 63) - 1
@@ -109,7 +111,7 @@ class Run(ContentLogger):
         self._was_entered = False
         self._manifest: Final = RowFile(self.path / MANIFEST)
         self._checkpoints: Final[list[ManifestRow]] = []
-        self._row: Final = OpenRow()
+        self._rows: Final = UnpublishedRows()
         self._row_merger: RowMerger | None = None
         self._last_metrics: Row = {}
         self._next_step = 0
@@ -145,17 +147,20 @@ class Run(ContentLogger):
         has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
         if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
-        complete, is_complete = self._row.add(step, part, commit=commit)
-        if is_complete:
-            self._publish_rows(complete)
-            return
         if self._row_merger is None:
-            self._merge_rows_of_others()
-        event = Metrics(self.state, step, part)
-        if not complete:
+            self._add_row_merger()
+        added = self._rows.add(step, part, commit=commit)
+        if added is None:
+            if self._publish_left(step, part):
+                return
+            added = self._rows.add(step, part, commit=commit, after_left=True)
+            assert added is not None
+        complete, is_complete = added
+        event = None if is_complete else Metrics(self.state, step, part)
+        if event is not None and not complete:
             self.bus.publish(event)
-        for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._publish_row(row_step, row, event)
+        for row in complete:  # before the part, so that a run has one open row on record at most
+            self._publish_row(row, event)
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
@@ -187,7 +192,7 @@ class Run(ContentLogger):
             del fields["stopped"]
             self._manifest.append(fields)
             self._checkpoints.append(row)
-            self._publish_rows(self._row.take())
+            self._publish_open_row()
             self.bus.publish(Checkpoint(self.state, row))
         return row
 
@@ -237,7 +242,7 @@ class Run(ContentLogger):
                 self.state.step = self._loop_step = step
                 self._first_loop_step = step + 1
                 yield step
-                self._publish_rows(self._row.take())
+                self._publish_open_row()
         finally:
             self._loop_step = None
 
@@ -377,7 +382,7 @@ class Run(ContentLogger):
             with activated(self):
                 yield self
         finally:
-            self._publish_rows(self._row.take())
+            self._publish_open_row()
             self.is_open = False
             remove_open(self)
 
@@ -435,7 +440,9 @@ class Run(ContentLogger):
             return
         self._is_ending = True
         try:
-            self._publish_rows(self._row.take_all())
+            self._publish_open_row()
+            if self._rows.are_left():
+                self._publish_left(of_all_threads=True)
             self._join_background()
             self.state.error = error
             self._manifest.flush()
@@ -452,7 +459,7 @@ class Run(ContentLogger):
             str(self.path), str(self._manifest.path), self._checkpoints, self.state.num_steps or self._next_step
         )
         self.bus.publish(TrainEnd(self.state, artifacts))
-        self._publish_rows(self._row.take())  # which hooks of the end have logged
+        self._publish_open_row()  # which hooks of the end have logged
         result = RunResult(
             status=status,
             metrics=self._last_metrics,
@@ -502,13 +509,19 @@ class Run(ContentLogger):
         if self._is_usable():
             self.bus.publish(event)
 
-    def _publish_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
-        for step, metrics in rows:
-            self._publish_row(step, metrics)
+    def _publish_open_row(self) -> None:
+        if self._rows.are_left():
+            self._publish_left()
+        for row in self._rows.take():
+            self._publish_row(row)
 
-    def _publish_row(self, step: int, row: Row, next_part: Metrics | None = None) -> None:
-        self._last_metrics = row
-        event = StepEnd(self.state, step, _NO_BATCH, row)
+    def _publish_row(self, row: LoggedRow, next_part: Metrics | None = None) -> None:
+        if row.is_called:  # a signal handler that logs has published it
+            if next_part is not None:
+                self.bus.publish(next_part)
+            return
+        self._last_metrics = metrics = row.metrics
+        event = StepEnd(self.state, row.step, _NO_BATCH, metrics)
         merger = self._row_merger
         if merger is not None:
             merger.own_row = row
@@ -517,22 +530,55 @@ class Run(ContentLogger):
                 self.bus.publish(event)
             else:
                 self.bus.publish_row(event, next_part)
-        except BaseException:
-            if merger is not None and merger.last_row is not row:
-                raise  # Ctrl-C before the first hook: the row is published at the end of the run
-            del self._row.unpublished[:1]
-            if merger is not None and not is_recorded(self.bus, self.name, step):
-                self.bus.record(event)
+            self._rows.remove(row)
+        except BaseException as error:  # raised again; the row is left, see `_publish_left`
+            row.is_called = row.is_called or was_first_hook_interrupted(error)
+            self._rows.keep(row)
             raise
-        del self._row.unpublished[:1]
 
-    def _merge_rows_of_others(self) -> None:
+    def _publish_left(
+        self, step: int | None = None, part: Mapping[str, Any] | None = None, *, of_all_threads: bool = False
+    ) -> bool:
+        """Publish the rows that an interrupt has left; return whether they have this part of a step, or have it now."""
+        if self._is_publishing():
+            return False
+        has_part = False
+        for row in self._rows.left(of_all_threads=of_all_threads):
+            is_on_record = self._rows.is_on_record(row, self.name)
+            if is_on_record or row.is_called:
+                # The call that was interrupted is repeated, after its row was published.
+                has_part = has_part or (
+                    part is not None and row.step == step and part.items() <= row.metrics.items()
+                )
+                if not is_on_record:
+                    self.bus.record(StepEnd(self.state, row.step, _NO_BATCH, row.metrics))
+                self._rows.remove(row)
+            else:
+                if part is not None and row.step == step:
+                    row.metrics.update(part)
+                    has_part = True
+                self._publish_row(row)
+        return has_part
+
+    def _is_publishing(self) -> bool:
+        """Return whether this was called by a hook, or by a signal handler, while this thread publishes."""
+        frame = sys._getframe(2)
+        publishing = Run._publish_row.__code__, Run._publish_left.__code__
+        while frame is not None:
+            if frame.f_code in publishing or frame.f_code.co_filename.startswith(HOOK_FILENAME_PREFIX):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _add_row_merger(self) -> None:
         """Have the open row added to a StepEnd that another part of the program publishes."""
         merger = self.bus.row_merger
         if merger is None:
-            merger = self.bus.row_merger = RowMerger(self.bus.publish)
+            merger = RowMerger(self.bus.publish)
             self.bus.add_first(merger)
-        merger.rows[self.name] = self._row
+            self.bus.row_merger = merger
+        merger.rows[self.name] = self._rows
+        self._rows.writer = self.bus.journal_writer
         self._row_merger = merger
 
     def _find_step(self, step: int | None, *, commit: bool) -> tuple[int, bool]:
