@@ -56,10 +56,8 @@ class UnpublishedRows:
         rows = self._rows
         return rows[-1] if rows and not rows[-1].is_complete else None
 
-    def add(
-        self, step: int, part: Row, *, commit: bool, after_left: bool = False
-    ) -> tuple[tuple[LoggedRow, ...], bool] | None:
-        """Add a part; return the rows that are complete by it, and whether the part is in them.
+    def add(self, step: int, part: Row, *, commit: bool, after_left: bool = False) -> tuple[LoggedRow, ...] | None:
+        """Add a part; return the rows that are complete by it, the one of the part itself last.
 
         A part of an earlier step than that of the open row is a row of its own: receivers merge rows of one step.
 
@@ -77,28 +75,32 @@ class UnpublishedRows:
                 open_row.metrics.update(part)
                 open_row.parts += 1
                 if not commit and open_row.parts < MAX_PARTS:
-                    return (), False
+                    return ()
                 open_row.thread = get_ident()
                 open_row.is_complete = True
-                return (open_row,), True
+                return (open_row,)
             writer = self.writer
             sequence = 0 if writer is None else writer.next_sequence
-            if open_row is None and not commit:
+            if open_row is None:
+                if commit:
+                    row = LoggedRow(step, part, sequence, 1, True, get_ident())  # noqa: FBT003 # fast
+                    rows.append(row)
+                    return (row,)
                 rows.append(LoggedRow(step, {**part}, sequence))  # a copy, because the part is published too
-                return (), False
+                return ()
             thread = get_ident()
-            if open_row is None or step < open_row.step:
+            if step < open_row.step:
                 row = LoggedRow(step, part, sequence, 1, True, thread)  # noqa: FBT003 # fast
-                rows.insert(len(rows) - (open_row is not None), row)
-                return (row,), True
+                rows.insert(len(rows) - 1, row)
+                return (row,)
             open_row.thread = thread
             open_row.is_complete = True
             if commit:
                 row = LoggedRow(step, part, sequence, 1, True, thread)  # noqa: FBT003 # fast
                 rows.append(row)
-                return (open_row, row), True
+                return (open_row, row)
             rows.append(LoggedRow(step, {**part}, sequence))
-            return (open_row,), False
+            return (open_row,)
 
     def take(self) -> tuple[LoggedRow, ...]:
         """Return the open row, which is complete now, or nothing; remove it once it is published."""

@@ -52,12 +52,21 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import LoggedRow, Row, RowMerger, UnpublishedRows, rows_left_open, to_row, was_first_hook_interrupted
+from evsys_bus.front.rows import (
+    LoggedRow,
+    Row,
+    RowMerger,
+    UnpublishedRows,
+    rows_left_open,
+    to_row,
+    was_first_hook_interrupted,
+)
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 Capture = Literal["auto", True, False]
 _MAX_STEP: Final = (1 << 63) - 1
+_MIN_STEP: Final = -_MAX_STEP
 _TEXT: Final = frozenset({str})
 _NO_BATCH: Final = TrainingBatch()
 _ENVIRONMENT_SECONDS: Final = 2.0
@@ -140,7 +149,7 @@ class Run(ContentLogger):
             part: Row = {**metrics}
         except TypeError:  # not a mapping, or with keys that are no texts
             part = to_row(metrics)
-        if type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
+        if type(step) is not int or not _MIN_STEP <= step <= _MAX_STEP:
             step, commit = self._find_step(step, commit=commit)
         if step >= self._next_step:
             self._next_step = step + 1
@@ -149,16 +158,15 @@ class Run(ContentLogger):
             part = self._plain_part(part, step)
         if self._row_merger is None:
             self._add_row_merger()
-        added = self._rows.add(step, part, commit=commit)
-        if added is None:
+        complete = self._rows.add(step, part, commit=commit)
+        if complete is None:
             if self._publish_left(step, part):
                 return
-            added = self._rows.add(step, part, commit=commit, after_left=True)
-            assert added is not None
-        complete, is_complete = added
-        event = None if is_complete else Metrics(self.state, step, part)
-        if event is not None and not complete:
-            self.bus.publish(event)
+            complete = self._rows.add(step, part, commit=commit, after_left=True) or ()
+        if not complete:
+            self.bus.publish(Metrics(self.state, step, part))
+            return
+        event = None if complete[-1].step == step else Metrics(self.state, step, part)
         for row in complete:  # before the part, so that a run has one open row on record at most
             self._publish_row(row, event)
 
@@ -547,9 +555,7 @@ class Run(ContentLogger):
             is_on_record = self._rows.is_on_record(row, self.name)
             if is_on_record or row.is_called:
                 # The call that was interrupted is repeated, after its row was published.
-                has_part = has_part or (
-                    part is not None and row.step == step and part.items() <= row.metrics.items()
-                )
+                has_part = has_part or (part is not None and row.step == step and part.items() <= row.metrics.items())
                 if not is_on_record:
                     self.bus.record(StepEnd(self.state, row.step, _NO_BATCH, row.metrics))
                 self._rows.remove(row)
