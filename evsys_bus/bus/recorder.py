@@ -216,7 +216,7 @@ class EventRecorder:
                 else:
                     append_pair(event, pair[1], now)
                     self.joined_parts += 1
-                return
+                    pair = None
             except UnrecordedError as error:  # only if the journal is configured to raise
                 raise_later(error)
             except MemoryError as error:

@@ -1,5 +1,6 @@
 """Rows of metrics that are logged in parts: each part is recorded at once, the whole row once it is complete."""
 
+import inspect
 import sys
 import threading
 import traceback
@@ -10,16 +11,19 @@ from typing import Any, Final, cast
 
 import msgspec
 
+from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
 from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import EvsysBusError, TrainingError
-from evsys_bus.events import Envelope, StepEnd, event_tag
+from evsys_bus.events import Envelope, Metrics, StepEnd, event_tag
 from evsys_bus.journal import JournalReader, JournalWriter, OsDisk, layout
+from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
 _STEP_END: Final = event_tag(StepEnd).encode()
+NO_BATCH: Final = TrainingBatch()
 Row = dict[str, Any]
 
 
@@ -41,8 +45,8 @@ class LoggedRow(msgspec.Struct, eq=False):
 class UnpublishedRows:
     """The rows of a run, in order, until they are published. The last may be open: not complete yet.
 
-    May be used from any thread. Ctrl-C may come between any two statements: the list is in order after each of them, and
-    a row leaves it only after it was published. So one that is left in it may be on record.
+    May be used from any thread. Ctrl-C may come between any two statements: the list is right after each of them, and a
+    row leaves it only after it was published. So one that is left in it may be on record.
     """
 
     def __init__(self) -> None:
@@ -71,36 +75,27 @@ class UnpublishedRows:
                     return None
                 if open_row.is_complete:
                     open_row = None
-            if open_row is not None and open_row.step == step:
-                open_row.metrics.update(part)
-                open_row.parts += 1
-                if not commit and open_row.parts < MAX_PARTS:
-                    return ()
+            complete: tuple[LoggedRow, ...] = ()
+            if open_row is not None and open_row.step <= step:
+                is_same_row = open_row.step == step
+                if is_same_row:
+                    open_row.metrics.update(part)
+                    open_row.parts += 1
+                    if not commit and open_row.parts < MAX_PARTS:
+                        return ()
                 open_row.thread = get_ident()
                 open_row.is_complete = True
-                return (open_row,)
+                complete, open_row = (open_row,), None
+                if is_same_row:
+                    return complete
             writer = self.writer
             sequence = 0 if writer is None else writer.next_sequence
-            if open_row is None:
-                if commit:
-                    row = LoggedRow(step, part, sequence, 1, True, get_ident())  # noqa: FBT003 # fast
-                    rows.append(row)
-                    return (row,)
+            if open_row is None and not commit:
                 rows.append(LoggedRow(step, {**part}, sequence))  # a copy, because the part is published too
-                return ()
-            thread = get_ident()
-            if step < open_row.step:
-                row = LoggedRow(step, part, sequence, 1, True, thread)  # noqa: FBT003 # fast
-                rows.insert(len(rows) - 1, row)
-                return (row,)
-            open_row.thread = thread
-            open_row.is_complete = True
-            if commit:
-                row = LoggedRow(step, part, sequence, 1, True, thread)  # noqa: FBT003 # fast
-                rows.append(row)
-                return (open_row, row)
-            rows.append(LoggedRow(step, {**part}, sequence))
-            return (open_row,)
+                return complete
+            row = LoggedRow(step, part, sequence, 1, True, get_ident())
+            rows.insert(len(rows) if open_row is None else len(rows) - 1, row)
+        return (*complete, row)
 
     def take(self) -> tuple[LoggedRow, ...]:
         """Return the open row, which is complete now, or nothing; remove it once it is published."""
@@ -158,7 +153,7 @@ class UnpublishedRows:
 
     def remove(self, row: LoggedRow) -> None:
         """Remove a row that was published."""
-        try:  # noqa: SIM105 # fast
+        try:  # `suppress` is slow
             self._rows.remove(row)
         except ValueError:
             pass  # a signal handler that logs has removed it
@@ -236,3 +231,82 @@ def was_first_hook_interrupted(error: BaseException) -> bool:
     """Return whether this was raised in the hook of `RowMerger`, before it could mark a row; the others were called."""
     code = RowMerger.on_step_end.__code__
     return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+class RowPublisher:
+    """Publishes the rows of a run. Ctrl-C may come between any two statements; the next call completes what it left."""
+
+    def __init__(self, bus: EventBus, state: LoopState, rows: UnpublishedRows) -> None:
+        self._bus: Final = bus
+        self._state: Final = state
+        self._rows: Final = rows
+        self._merger = RowMerger(bus.publish)
+        self.is_attached = False
+        self.last_metrics: Row = {}
+        """Those of the newest row."""
+
+    def attach(self) -> None:
+        """Have rows of this bus looked at before other hooks see them; see `RowMerger`."""
+        bus = self._bus
+        if bus.row_merger is None:
+            bus.add_first(self._merger)
+            bus.row_merger = self._merger
+        self._merger = bus.row_merger
+        self._merger.rows[self._state.run_key] = self._rows
+        self._rows.writer = bus.journal_writer
+        self.is_attached = True
+
+    def publish_open(self) -> None:
+        """Publish the open row, which is complete."""
+        if self._rows.are_left():
+            self.publish_left()
+        for row in self._rows.take():
+            self.publish(row)
+
+    def publish(self, row: LoggedRow, next_part: Metrics | None = None) -> None:
+        """Publish a complete row and then, if given, the first part of the next one."""
+        if row.is_called:  # a signal handler that logs has published it
+            if next_part is not None:
+                self._bus.publish(next_part)
+            return
+        self.last_metrics = metrics = row.metrics
+        event = StepEnd(self._state, row.step, NO_BATCH, metrics)
+        self._merger.own_row = row
+        try:
+            if next_part is None:
+                self._bus.publish(event)
+            else:
+                self._bus.publish_row(event, next_part)
+            self._rows.remove(row)
+        except BaseException as error:  # raised again; the row is left, see `publish_left`
+            row.is_called = row.is_called or was_first_hook_interrupted(error)
+            self._rows.keep(row)
+            raise
+
+    def publish_left(
+        self, step: int | None = None, part: Mapping[str, Any] | None = None, *, of_all_threads: bool = False
+    ) -> bool:
+        """Publish the rows that an interrupt has left; return whether they have this part of a step, or have it now."""
+        if self._is_publishing():
+            return False
+        has_part = False
+        for row in self._rows.left(of_all_threads=of_all_threads):
+            is_on_record = self._rows.is_on_record(row, self._state.run_key)
+            if is_on_record or row.is_called:
+                # The call that was interrupted is repeated, after its row was published.
+                has_part = has_part or (part is not None and row.step == step and part.items() <= row.metrics.items())
+                if not is_on_record:
+                    self._bus.record(StepEnd(self._state, row.step, NO_BATCH, row.metrics))
+                self._rows.remove(row)
+            else:
+                if part is not None and row.step == step:
+                    row.metrics.update(part)
+                    has_part = True
+                self.publish(row)
+        return has_part
+
+    def _is_publishing(self) -> bool:
+        """Return whether this was called by a hook, or by a signal handler, while this thread publishes."""
+        publishing = RowPublisher.publish.__code__, RowPublisher.publish_left.__code__
+        stack = [frame.f_code for frame, _ in traceback.walk_stack(inspect.currentframe())]
+        return any(each in publishing or each.co_filename.startswith(HOOK_FILENAME_PREFIX) for each in stack[2:])

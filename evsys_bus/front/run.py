@@ -5,7 +5,6 @@ Every method publishes one event, which is on record when the method returns.
 
 import itertools
 import os
-import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -27,7 +26,6 @@ from evsys_bus.context import (
     ManifestRow,
     RunResult,
     Status,
-    TrainingBatch,
     to_int,
 )
 from evsys_bus.diagnostics import FaultLog, log
@@ -52,23 +50,13 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import (
-    LoggedRow,
-    Row,
-    RowMerger,
-    UnpublishedRows,
-    rows_left_open,
-    to_row,
-    was_first_hook_interrupted,
-)
+from evsys_bus.front.rows import NO_BATCH, Row, RowPublisher, UnpublishedRows, rows_left_open, to_row
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
-from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 Capture = Literal["auto", True, False]
 _MAX_STEP: Final = (1 << 63) - 1
 _MIN_STEP: Final = -_MAX_STEP
 _TEXT: Final = frozenset({str})
-_NO_BATCH: Final = TrainingBatch()
 _ENVIRONMENT_SECONDS: Final = 2.0
 _EXIT_WAIT_SECONDS: Final = 0.5
 """How long leaving waits for the environment of a run that was shorter than its collection."""
@@ -121,8 +109,7 @@ class Run(ContentLogger):
         self._manifest: Final = RowFile(self.path / MANIFEST)
         self._checkpoints: Final[list[ManifestRow]] = []
         self._rows: Final = UnpublishedRows()
-        self._row_merger: RowMerger | None = None
-        self._last_metrics: Row = {}
+        self._row_publisher: Final = RowPublisher(bus, state, self._rows)
         self._next_step = 0
         self._loop_step: int | None = None
         self._first_loop_step: int | None = None
@@ -133,7 +120,9 @@ class Run(ContentLogger):
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
-    def log(self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False) -> None:
+    def log(  # noqa: C901 - calls are slow
+        self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False
+    ) -> None:
         """Log metrics of a step; may be called several times for one step, and adds to its row each time.
 
         The row is complete, and reaches the callbacks, with ``commit=True``, when a later step comes, or at the end.
@@ -156,19 +145,22 @@ class Run(ContentLogger):
         has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
         if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
-        if self._row_merger is None:
-            self._add_row_merger()
+        publisher = self._row_publisher
+        if not publisher.is_attached:
+            publisher.attach()
         complete = self._rows.add(step, part, commit=commit)
         if complete is None:
-            if self._publish_left(step, part):
+            if publisher.publish_left(step, part):
                 return
-            complete = self._rows.add(step, part, commit=commit, after_left=True) or ()
+            complete = self._rows.add(step, part, commit=commit, after_left=True)
         if not complete:
             self.bus.publish(Metrics(self.state, step, part))
             return
-        event = None if complete[-1].step == step else Metrics(self.state, step, part)
-        for row in complete:  # before the part, so that a run has one open row on record at most
-            self._publish_row(row, event)
+        row = complete[-1]
+        if len(complete) > 1:
+            publisher.publish(complete[0])
+        # Before the part, so that a run has one open row on record at most.
+        publisher.publish(row, None if row.step == step else Metrics(self.state, step, part))
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
@@ -200,7 +192,7 @@ class Run(ContentLogger):
             del fields["stopped"]
             self._manifest.append(fields)
             self._checkpoints.append(row)
-            self._publish_open_row()
+            self._row_publisher.publish_open()
             self.bus.publish(Checkpoint(self.state, row))
         return row
 
@@ -250,7 +242,7 @@ class Run(ContentLogger):
                 self.state.step = self._loop_step = step
                 self._first_loop_step = step + 1
                 yield step
-                self._publish_open_row()
+                self._row_publisher.publish_open()
         finally:
             self._loop_step = None
 
@@ -390,7 +382,7 @@ class Run(ContentLogger):
             with activated(self):
                 yield self
         finally:
-            self._publish_open_row()
+            self._row_publisher.publish_open()
             self.is_open = False
             remove_open(self)
 
@@ -417,7 +409,7 @@ class Run(ContentLogger):
         if self._is_continued and journal is not None:
             for each in rows_left_open(journal.directory, self.bus.rank, self.name):
                 row: Any = each.event
-                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, _NO_BATCH, row.metrics)
+                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, NO_BATCH, row.metrics)
 
     def _save_start(self) -> None:
         started_at = self._file.started_at or now()
@@ -448,9 +440,8 @@ class Run(ContentLogger):
             return
         self._is_ending = True
         try:
-            self._publish_open_row()
-            if self._rows.are_left():
-                self._publish_left(of_all_threads=True)
+            self._row_publisher.publish_open()
+            self._row_publisher.publish_left(of_all_threads=True)
             self._join_background()
             self.state.error = error
             self._manifest.flush()
@@ -467,10 +458,10 @@ class Run(ContentLogger):
             str(self.path), str(self._manifest.path), self._checkpoints, self.state.num_steps or self._next_step
         )
         self.bus.publish(TrainEnd(self.state, artifacts))
-        self._publish_open_row()  # which hooks of the end have logged
+        self._row_publisher.publish_open()  # which hooks of the end have logged
         result = RunResult(
             status=status,
-            metrics=self._last_metrics,
+            metrics=self._row_publisher.last_metrics,
             artifacts=artifacts,
             error=None if error is None else error_text(error),
             implied=implied,
@@ -479,7 +470,7 @@ class Run(ContentLogger):
             name=self.ctx.group_name or self.name,
             run_config=self.ctx.run_config,
             status=status,
-            metrics=self._last_metrics,
+            metrics=self._row_publisher.last_metrics,
             error=result.error,
             run_result=result,
         )
@@ -516,76 +507,6 @@ class Run(ContentLogger):
     def _publish(self, event: Event) -> None:
         if self._is_usable():
             self.bus.publish(event)
-
-    def _publish_open_row(self) -> None:
-        if self._rows.are_left():
-            self._publish_left()
-        for row in self._rows.take():
-            self._publish_row(row)
-
-    def _publish_row(self, row: LoggedRow, next_part: Metrics | None = None) -> None:
-        if row.is_called:  # a signal handler that logs has published it
-            if next_part is not None:
-                self.bus.publish(next_part)
-            return
-        self._last_metrics = metrics = row.metrics
-        event = StepEnd(self.state, row.step, _NO_BATCH, metrics)
-        merger = self._row_merger
-        if merger is not None:
-            merger.own_row = row
-        try:
-            if next_part is None:
-                self.bus.publish(event)
-            else:
-                self.bus.publish_row(event, next_part)
-            self._rows.remove(row)
-        except BaseException as error:  # raised again; the row is left, see `_publish_left`
-            row.is_called = row.is_called or was_first_hook_interrupted(error)
-            self._rows.keep(row)
-            raise
-
-    def _publish_left(
-        self, step: int | None = None, part: Mapping[str, Any] | None = None, *, of_all_threads: bool = False
-    ) -> bool:
-        """Publish the rows that an interrupt has left; return whether they have this part of a step, or have it now."""
-        if self._is_publishing():
-            return False
-        has_part = False
-        for row in self._rows.left(of_all_threads=of_all_threads):
-            is_on_record = self._rows.is_on_record(row, self.name)
-            if is_on_record or row.is_called:
-                # The call that was interrupted is repeated, after its row was published.
-                has_part = has_part or (part is not None and row.step == step and part.items() <= row.metrics.items())
-                if not is_on_record:
-                    self.bus.record(StepEnd(self.state, row.step, _NO_BATCH, row.metrics))
-                self._rows.remove(row)
-            else:
-                if part is not None and row.step == step:
-                    row.metrics.update(part)
-                    has_part = True
-                self._publish_row(row)
-        return has_part
-
-    def _is_publishing(self) -> bool:
-        """Return whether this was called by a hook, or by a signal handler, while this thread publishes."""
-        frame = sys._getframe(2)
-        publishing = Run._publish_row.__code__, Run._publish_left.__code__
-        while frame is not None:
-            if frame.f_code in publishing or frame.f_code.co_filename.startswith(HOOK_FILENAME_PREFIX):
-                return True
-            frame = frame.f_back
-        return False
-
-    def _add_row_merger(self) -> None:
-        """Have the open row added to a StepEnd that another part of the program publishes."""
-        merger = self.bus.row_merger
-        if merger is None:
-            merger = RowMerger(self.bus.publish)
-            self.bus.add_first(merger)
-            self.bus.row_merger = merger
-        merger.rows[self.name] = self._rows
-        self._rows.writer = self.bus.journal_writer
-        self._row_merger = merger
 
     def _find_step(self, step: int | None, *, commit: bool) -> tuple[int, bool]:
         """Return the step of a part, and whether its row is complete with it: a part without a step may be a row."""
