@@ -178,7 +178,9 @@ def open_for_run(screen: Screen) -> DashboardState:
         DashboardError: It could not be started.
     """
     state = start_dashboard()
-    screen.note(f"dashboard  {state.browser_url}\nit goes on after the run; stop it with: {STOP_COMMAND}")
+    # The log of a batch job may be read by others, so the token is shown on a terminal only.
+    shown = state.browser_url if is_terminal(sys.stderr) else f"{state.url}   (with its token: evsys-bus dash --status)"
+    screen.note(f"dashboard  {shown}\nit goes on after the run; stop it with: {STOP_COMMAND}")
     open_browser(state)
     return state
 
