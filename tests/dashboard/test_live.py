@@ -161,6 +161,45 @@ def test_more_frames_than_the_ring_has_are_answered_by_a_reset(tmp_path):
                 assert receive(live)[0]["kind"] == "reset"
 
 
+def test_large_frames_leave_the_ring_sooner(tmp_path):
+    limits = LiveLimits(chart_seconds=0.001, page_seconds=0.001, max_share=1.0, ring_bytes=1, max_history=4)
+    with running_dashboard(tmp_path, settings={"live": limits}) as dashboard:
+        trainer, id_, _ = started(dashboard, "bytes")
+        chart, _ = dashboard.charts(id_, {"metric": "train/loss"})
+        with dashboard.live() as other:
+            subscribe(other, (chart_topic(id_), chart["frame"]))
+            numbers = []
+            for _ in range(6):
+                trainer.send(dashboard, trainer.steps(1))
+                numbers.append(receive(other)[0]["frame"])
+            with dashboard.live() as live:
+                subscribe(live, (chart_topic(id_), numbers[0]))
+                assert receive(live)[0]["kind"] == "reset"
+            with dashboard.live() as live:
+                subscribe(live, (chart_topic(id_), numbers[-2]))
+                assert receive(live)[0]["frame"] == numbers[-1]
+
+
+def test_what_a_client_of_the_hosted_service_logs_is_live_too(shared):
+    def call(op, **args):
+        answer = shared.post("/api/dashboard/api/sdk/data/", {"op": op, "args": args})
+        assert answer.status == 200, answer.body
+        return answer.json["result"]
+
+    experiment = call("create_experiment", experiment_name="hosted")["id"]
+    run = call("create_run", experiment_id=experiment, run_config={"name": "arm0"}, status="running")["id"]
+    call("log_metrics", run_id=run, step=0, metrics={"loss": 0.5}, split="train")
+    (id_,) = [row["id"] for row in shared.get("/api/home")["experiments"] if row["name"] == "hosted"]
+    (metric,) = [each["name"] for each in shared.get(f"/api/experiments/{id_}")["metrics"]]
+    chart, _ = shared.charts(id_, {"metric": metric})
+    with shared.live() as live:
+        subscribe(live, (chart_topic(id_, metric=metric), chart["frame"]))
+        call("log_metrics", run_id=run, step=1, metrics={"loss": 0.25}, split="train")
+        header, numbers = receive(live)
+        (line,) = header["chart"]["lines"]
+        assert values(numbers, line["mean"])[-1] == 0.25
+
+
 def test_a_jump_over_many_buckets_has_the_chart_read_again(shared):
     trainer, id_, _ = started(shared, "jump")
     chart, _ = shared.charts(id_, {"metric": "train/loss"})

@@ -173,7 +173,10 @@ class DashboardApp:
         async with self._bodies.read_envelopes(request) as payloads:
             self._last_ingest = time.monotonic()
             totals = await self._ingester.ingest(stream, int(after), payloads)
-        return json_response(totals._asdict())
+        answer = totals._asdict()
+        if not totals.unreadable:
+            del answer["unreadable"]
+        return json_response(answer)
 
     async def _start_import(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)

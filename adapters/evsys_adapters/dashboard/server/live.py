@@ -53,6 +53,8 @@ class LiveLimits(msgspec.Struct, frozen=True):
     """Of one client."""
     ring: int = 300
     """Frames that each topic keeps."""
+    ring_bytes: int = 2 << 20
+    """Of these frames together, besides the last one."""
     chart_seconds: float = 0.1
     """Between two frames of a chart."""
     page_seconds: float = 0.5
@@ -77,7 +79,7 @@ class Frame(NamedTuple):
 class Topic:
     """A view with its viewers, what has changed since its last frame, and its last frames."""
 
-    def __init__(self, name: str, source: FrameSource, floor: int, ring: int) -> None:
+    def __init__(self, name: str, source: FrameSource, floor: int, limits: LiveLimits) -> None:
         self.name: Final = name
         self.source: Final = source
         self.floor = floor
@@ -90,7 +92,9 @@ class Topic:
         self.refreshed = 0.0
         self.joined_at: int | None = None
         """A viewer has come who has all changes up to this number; those after it are marked by the next tick."""
-        self._ring = ring
+        self._max_frames: Final = 1 if source.is_whole else limits.ring
+        self._max_bytes: Final = limits.ring_bytes
+        self._bytes = 0
 
     @property
     def last(self) -> int:
@@ -98,10 +102,13 @@ class Topic:
         return self.frames[-1].number if self.frames else self.floor
 
     def add(self, frame: Frame) -> None:
-        """Append a frame; the oldest one leaves a full ring."""
+        """Append a frame; the oldest ones leave a full ring."""
+        self._bytes += sum(len(each.data) for each in list(self.frames)[-1:])
         self.frames.append(frame)
-        if len(self.frames) > (1 if self.source.is_whole else self._ring):
-            self.floor = self.frames.popleft().number
+        while len(self.frames) > 1 and (len(self.frames) > self._max_frames or self._bytes > self._max_bytes):
+            removed = self.frames.popleft()
+            self._bytes -= len(removed.data)
+            self.floor = removed.number
 
     def since(self, number: int) -> list[Frame]:
         """Return the frames after a number; a ``reset`` if they are not all there."""
@@ -279,7 +286,7 @@ class LiveHub:
         number = subscription.frame
         topic = self._topics.get(subscription.topic)
         if topic is None:
-            topic = Topic(subscription.topic, source, self._number, self._limits.ring)
+            topic = Topic(subscription.topic, source, self._number, self._limits)
             self._topics[topic.name] = topic
             topic.refreshed = self._clock()
         is_known = number is not None and topic.floor <= number <= self._number
