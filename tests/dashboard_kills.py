@@ -35,7 +35,16 @@ from support.violations import Violation
 ARMS = ("low", "high")
 STEPS, STEP_SECONDS, EVAL_EVERY = 4_000, 0.002, 50
 TIMEOUT_SECONDS = 90.0
-VICTIMS = ("dashboard", "trainer", "courier", "dashboard and courier", "trainer and dashboard", "all", "stop", "database")
+VICTIMS = (
+    "dashboard",
+    "trainer",
+    "courier",
+    "dashboard and courier",
+    "trainer and dashboard",
+    "all",
+    "stop",
+    "database",
+)
 
 
 def train(directory: Path, arm: str) -> int:
@@ -191,15 +200,12 @@ class Scenario:
         for envelope in sorted(recorded, key=lambda each: each.time):
             event, run = envelope.event, envelope.run
             if isinstance(event, TrainStart):
-                for key, values in points.items():
-                    if key[0] == run:
-                        points[key] = {step: value for step, value in values.items() if step < event.state.step}
-            elif isinstance(event, StepEnd):
+                for key in [key for key in points if key[0] == run]:
+                    points[key] = {step: value for step, value in points[key].items() if step < event.state.step}
+            elif isinstance(event, StepEnd | Eval):
+                prefix = event.eval_name if isinstance(event, Eval) else "train"
                 for name, value in event.metrics.items():
-                    points[run, f"train/{name}"][event.step_idx] = float(value)
-            elif isinstance(event, Eval):
-                for name, value in event.metrics.items():
-                    points[run, f"{event.eval_name}/{name}"][event.step_idx] = float(value)
+                    points[run, f"{prefix}/{name}"][event.step_idx] = float(value)
         return {key: values for key, values in points.items() if values}, events
 
 

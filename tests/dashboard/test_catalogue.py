@@ -411,6 +411,20 @@ class TestRunFacts:
         Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
         assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
 
+    def test_an_event_that_names_only_its_run_belongs_to_that_of_its_own_stream(self, store):
+        class PageTurned(Event, frozen=True):
+            page: int
+
+        programs = [Delivery(store, f"r0-{n}") for n in range(2)]
+        for n, program in enumerate(programs):
+            program.send(RunStart(context(f"/runs/{n}")))
+        for page in range(3):
+            for program in programs:
+                program.send(PageTurned(page), run="a-s0")
+        records = store.catalogue.records
+        runs = [run for each in records.experiments() for run in records.runs(each.id)]
+        assert [store.catalogue.details.event_counts(run.id) for run in runs] == [{"page_turned": 3}] * 2
+
     def test_a_level_of_an_alert_that_is_none_of_ours_is_a_warning(self, store, delivery):
         delivery.send(Alert(context(), "t", level="x" * 1_000))  # pyright: ignore[reportArgumentType] # a test's text
         assert [each.level for each in store.catalogue.details.alerts([only_run(store)])] == ["warning"]

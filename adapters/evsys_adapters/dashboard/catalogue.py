@@ -262,7 +262,8 @@ class Catalogue:
         known = self._routes.get(key)
         run = None if known is None else self.records.run(known)
         if run is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
-            run = self.records.find_by_key(envelope.run, envelope.time)
+            run = self.records.find_in_stream(envelope.stream, envelope.run)
+            run = run or self.records.find_by_key(envelope.run, envelope.time)
         if run is None:
             run = self.records.find_run(_identity(envelope, handle), envelope.time)
             if run.step is None and not run.has_start:

@@ -273,6 +273,15 @@ class Records:
             found.append(known)
         return found
 
+    def find_in_stream(self, stream: str, key: str) -> RunRecord | None:
+        """Return the newest run of this key whose own events came in a stream."""
+        rows = self._database.query(
+            "SELECT id FROM identity WHERE kind = 'run stream' AND name >= ? AND name < ? ORDER BY id DESC",
+            *(f"{stream}\n", f"{stream}\v"),
+        )
+        found = (self.run(int(id_)) for (id_,) in rows)
+        return next((run for run in found if run is not None and run.key == key), None)
+
     def find_by_key(self, key: str, time: float) -> RunRecord | None:
         """Return the run of this key; of several, that whose newest event is nearest to a time."""
         rows = self._database.query(

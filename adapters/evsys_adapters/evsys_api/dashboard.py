@@ -401,7 +401,7 @@ def _message(reply: Reply) -> str:
 
 
 def _fix(reply: Reply) -> str:
-    """Return what the dashboard says a person can do, to be appended; empty if it says nothing."""
+    """Return the fix in the response, to be appended; empty if there is none."""
     error: Any = reply.body.get("error")
     fix: Any = cast("dict[str, Any]", error).get("fix") if isinstance(error, dict) else None
     return f"; {str(fix)[:300]}" if fix else ""
