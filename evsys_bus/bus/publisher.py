@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -480,6 +481,17 @@ class Publisher:
         if self.recorder is None:
             return EventInfo(time.time())
         return self.recorder.event_info(compiled.event_time(), recorded=compiled.record_first)
+
+    def were_hooks_called(self, error: BaseException) -> bool:
+        """Return whether an error that a publish has raised came when it called hooks, or after that."""
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            code = frame.f_code
+            compiled = self.dispatches.find(code.co_filename)
+            if compiled is not None:
+                hook_lines = (each for each in compiled.hooks_by_line if each > code.co_firstlineno)
+                if line >= min(hook_lines, default=0):
+                    return True
+        return False
 
     def current_hook(self) -> HookCall[HookStats] | None:
         """Return the hook call in progress, for the watchdog."""
