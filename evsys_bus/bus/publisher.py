@@ -485,12 +485,9 @@ class Publisher:
     def were_hooks_called(self, error: BaseException) -> bool:
         """Return whether an error that a publish has raised came when it called hooks, or after that."""
         for frame, line in traceback.walk_tb(error.__traceback__):
-            code = frame.f_code
-            compiled = self.dispatches.find(code.co_filename)
-            if compiled is not None:
-                hook_lines = (each for each in compiled.hooks_by_line if each > code.co_firstlineno)
-                if line >= min(hook_lines, default=0):
-                    return True
+            compiled = self.dispatches.find(frame.f_code.co_filename)
+            if compiled is not None and line in compiled.lines_after_calls:
+                return True
         return False
 
     def current_hook(self) -> HookCall[HookStats] | None:
