@@ -5,7 +5,8 @@
     a sink                    its courier, for publishing alone
 
 Adapters are not given the events of the couriers' stream, and these are not counted as pending: a delivery would
-otherwise cause the next one without end. The exception is `RunAnnotated`, which all couriers read.
+otherwise cause the next one without end. The exception is `RunAnnotated`, which all couriers read. `DeliveryChanged`
+and `HookTimes` are for programs that read the journal, such as a dashboard.
 """
 
 import copy
@@ -34,6 +35,28 @@ class RunAnnotated(Event, frozen=True):
     """The run key."""
     extras: dict[str, Any]
     """Entries for ``ctx.extras``, as plain values; the newest value of a key counts."""
+
+
+class DeliveryChanged(Event, frozen=True, tag="run.delivery_changed"):
+    """The status of the delivery to an adapter, recorded by its courier after a change, every few seconds at most."""
+
+    adapter: str
+    """Its name."""
+    journal: str
+    """The path of the journal."""
+    status: dict[str, Any]
+    """The fields of `evsys_bus.tasks.DeliveryStatus` that differ from their defaults."""
+
+
+class HookTimes(Event, frozen=True, tag="run.hook_times"):
+    """How long the hooks of a bus take, recorded by a courier of its journal while the counts change."""
+
+    journal: str
+    """The path of the journal."""
+    rank: int
+    """The rank of the bus."""
+    hooks: list[dict[str, Any]]
+    """The fields of `evsys_bus.bus.HookHealth` for each hook: counts of calls and failures, times in seconds."""
 
 
 class EventInfo(NamedTuple):

@@ -39,6 +39,7 @@
     │   ├── RejectedError        EB903       never: the destination refuses these events
     │   └── BatchTooLargeError   EB904       not so many at once
     ├── CourierBusyError (RuntimeError) EB905 another process delivers to the adapter
+    ├── DashboardError (RuntimeError) EB907  the dashboard could not be started, reached or stopped
     └── TrainingError (RuntimeError) EB701   the reference loop was given something it cannot train with
 
 Every error has a ``code``, the location ``where`` it was found (if that is in a config) and the ``fix``. This module
@@ -323,6 +324,12 @@ class UntrustedFileError(EvsysBusError, PermissionError):
     """A file that another user wrote, or may write, names code to import or files to write."""
 
     code = "EB906"
+
+
+class DashboardError(EvsysBusError, RuntimeError):
+    """The dashboard could not be started, reached or stopped, or cannot import a journal."""
+
+    code = "EB907"
 
 
 class TrainingError(EvsysBusError, RuntimeError):

@@ -55,6 +55,8 @@ from evsys_bus.errors import EventError
 _RESERVED: Final = frozenset({"hook", "keywords"})
 _SHIPPED_MODULES: Final = {  # events of the library in other modules, whether imported yet or not
     "learnt": "evsys_bus.adapter",
+    "run.delivery_changed": "evsys_bus.adapter",
+    "run.hook_times": "evsys_bus.adapter",
     "bus_callback_marks": "evsys_bus.bus.callback_marks",
 }
 _STEP_BITS: Final = 63
@@ -102,7 +104,7 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
                     fix="give the field another name",
                 )
         tag = name = _tag_of(cls.__name__)
-        if cls.__module__ == __name__ and cls.__name__ in _NEWER_EVENTS:
+        if cls.__module__ == _NEWER_EVENTS.get(cls.__name__):
             tag = _PREFIX + name
             _newer[f"on_{name}"] = cls
         previous = _declared.get(tag)
@@ -117,12 +119,19 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
         newer = _newer.get(cls.hook, cls)
         if newer is not cls and newer.hook == cls.hook:  # the program's own event has the name, whatever ships later
             newer.hook = f"on_run_{name}"
-            log().warning("event.hook_renamed", shipped=f"{__name__}.{newer.__name__}", hook=newer.hook, taken_by=cls)
+            log().warning(
+                "event.hook_renamed", shipped=f"{newer.__module__}.{newer.__name__}", hook=newer.hook, taken_by=cls
+            )
 
 
-_NEWER_EVENTS: Final = frozenset(
-    {"Metrics", "EpochEnd", "Rollout", "TrainData", "Environment", "ConfigUpdate", "Summary", "Content", "Alert"}
-)
+_NEWER_EVENTS: Final = {
+    **dict.fromkeys(
+        ("Metrics", "EpochEnd", "Rollout", "TrainData", "Environment", "ConfigUpdate", "Summary", "Content", "Alert"),
+        __name__,
+    ),
+    **dict.fromkeys(("DeliveryChanged", "HookTimes"), "evsys_bus.adapter"),
+}
+"""The module of each."""
 
 
 def lookup_event_type(tag: str) -> type[Event] | None:

@@ -20,7 +20,8 @@ event should change nothing. What `write` returns or raises decides what happens
                                     letter; after three of those in a row the sink is parked until it takes an event
 
 A sink that only forwards events declares ``raw: ClassVar[bool] = True``, and its batches are of `RawRecord` instead of
-`Envelope`: nothing is decoded on the way. All of the above is the same.
+`Envelope`: nothing is decoded on the way. All of the above is the same. A sink that needs both, the event and how it is
+recorded, declares ``with_payloads: ClassVar[bool] = True``, and its envelopes are `RecordedEnvelope`.
 """
 
 import inspect
@@ -32,7 +33,7 @@ import msgspec
 
 from evsys_bus.adapter import Adapter, EventPublisher, RunResumer
 from evsys_bus.errors import NotAttachedError, SinkMethodError
-from evsys_bus.events import Event, declared_events
+from evsys_bus.events import Envelope, Event, declared_events
 
 
 class BatchResult(NamedTuple):
@@ -66,6 +67,27 @@ class RawRecord(msgspec.Struct, frozen=True, gc=False):
     something else or a newer version wrote it."""
 
 
+class RecordedEnvelope(Envelope, frozen=True, gc=False):
+    """An event with the bytes that the journal holds of it, in a batch of a sink that is ``with_payloads``."""
+
+    payload: bytes = b""
+    """The encoded envelope."""
+
+    @classmethod
+    def of(cls, envelope: Envelope, payload: bytes) -> "RecordedEnvelope":
+        """Return the envelope with its encoded form."""
+        return cls(
+            envelope.stream,
+            envelope.seq,
+            envelope.time,
+            envelope.event,
+            envelope.run,
+            envelope.rank,
+            envelope.replaced,
+            payload,
+        )
+
+
 class Sink(Adapter):
     """An async destination. Subclass it, and override `write`.
 
@@ -80,6 +102,8 @@ class Sink(Adapter):
 
     raw: ClassVar[bool] = False
     """Whether `write` takes `RawRecord` instead of `Envelope`."""
+    with_payloads: ClassVar[bool] = False
+    """Whether a courier gives `write` `RecordedEnvelope`; a replay may give it plain ones."""
     max_batch_events: int = 500
     max_batch_bytes: int = 1 << 20
     """Size of the encoded events; a single event that is larger is a batch by itself."""
@@ -88,6 +112,9 @@ class Sink(Adapter):
     write_timeout_seconds: float = 60.0
     """An `open` or `write` that takes longer is cancelled and retried; one that ignores the cancellation is
     abandoned."""
+
+    idle_seconds: float | None = None
+    """How often `on_idle` is called while there is nothing to deliver; None for never."""
 
     evsys_attached: EventPublisher | None = None
     """The courier, while the sink is open."""
@@ -102,6 +129,12 @@ class Sink(Adapter):
             batch: Each item is an `Envelope`, or a `RawRecord` if the sink is `raw`.
         """
         raise NotImplementedError(f"{type(self).__name__}.write")
+
+    async def on_idle(self) -> None:
+        """Do what is due while there is nothing to deliver; never called during `write`.
+
+        It is cancelled after a few seconds, and an error is logged and has no other effect.
+        """
 
     async def close(self) -> None:
         """Disconnect."""
@@ -122,6 +155,12 @@ class Sink(Adapter):
         """Report how many delivered events the destination has not confirmed; see `Adapter.report_owed`."""
         if self.evsys_attached is not None:
             self.evsys_attached.report_owed(self, events, why, fix)
+
+    def report_waiting(self, why: str | None) -> None:
+        """Show that the sink waits, with nothing pending: the healthy state ``waiting``. None once it is over."""
+        report = getattr(self.evsys_attached, "report_waiting", None)  # a courier; a replay has no status
+        if report is not None:
+            report(why)
 
 
 def sink_name(sink: Sink) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from support.programs import command_in
 # imports, which is most of the work of a short program.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# The dashboard of the person who runs the tests must get none of their events.
+os.environ["XDG_STATE_HOME"] = tempfile.gettempdir() + "/evsys-bus-tests-no-dashboard"
 # A process that a script starts in the background ignores SIGINT, and so would its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,12 +1,13 @@
-"""`EvsysLoggerCallback`: sends all events to EvSys without blocking the loop.
+"""`EvsysLoggerCallback`: sends all events to a dashboard or to EvSys without blocking the loop.
 
 The inline half creates IDs; the delivery half, `evsys_api.delivery`, sends the events.
 """
 
-from collections.abc import MutableMapping
+import os
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from evsys_adapters.common.hook_arguments import (
     is_run_of,
@@ -19,29 +20,39 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import persistent_id
+from evsys_adapters.evsys_api.dashboard import is_same_server
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
-from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
+from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, has_api_key, is_offline
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
+from evsys_bus.config import build_callbacks
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError
 from evsys_bus.location import local_path, short_digest
 
+if TYPE_CHECKING:
+    from evsys_bus.cli.output.screen import Screen
+
 
 class EvsysLoggerCallback(Callback):
-    """Logs experiments, groups, runs, metrics, checkpoints and evals to EvSys, in a courier.
+    """Shows experiments, runs, metrics, checkpoints and evals in the dashboard, or logs them to EvSys, in a courier.
 
     The IDs that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are created
     immediately, as UUIDv7, and stored in ``.evsys_ids/`` in the folder of their object: a resumed run has the same IDs,
     and is the same run for EvSys. Existing IDs remain. The server assigns its own IDs; ours is in an experiment's
     ``tags`` and in a run's ``run_config``.
 
-    The API key is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Without one nothing is sent,
-    and everything is sent once there is one: by ``evsys-bus sync``, or by the next run. With ``EVSYS_OFFLINE=1``
-    nothing is sent and nothing stays pending; ``evsys-bus replay RUN --to evsys_logger`` sends it from the journal.
+    Without a URL and an API key, events go to the running dashboard of this user (``evsys-bus dash``); while there is
+    none nothing is pending, and a dashboard that is started during the run imports what it has missed. A server at
+    ``url`` may be a dashboard or EvSys' service. The API key of the service, or the token of a dashboard on another
+    machine, is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Where the service is to be used
+    and there is no key, everything is sent once there is one: by ``evsys-bus sync``, or by the next run. With
+    ``EVSYS_OFFLINE=1`` nothing is sent and nothing stays pending; ``evsys-bus replay RUN --to evsys_logger`` sends it
+    from the journal.
 
-    See `evsys_adapters.evsys_api.delivery` for what is sent when, and what a crash may duplicate.
+    See `evsys_adapters.evsys_api.hosted` for what the service is sent when, and what a crash may duplicate there.
+    A dashboard stores every event once.
 
     Example:
         >>> logger = EvsysLoggerCallback("my-project")
@@ -68,6 +79,34 @@ class EvsysLoggerCallback(Callback):
         self._own_ids: set[str] = set()
         self._announced: set[str] = set()
         self._offline_logged = False
+
+    @staticmethod
+    def open_dashboard(callbacks: Sequence[object], screen: "Screen") -> list[object]:
+        """Show the runs of ``evsys-bus run --dash`` in the dashboard, which is found or started, and opened.
+
+        Args:
+            callbacks: Those of the experiment.
+            screen: Where its URL is shown.
+
+        Returns:
+            The callback to add; empty if one of the experiment sends the events there.
+
+        Raises:
+            DashboardError: The dashboard could not be started.
+        """
+        from evsys_adapters.commands.dash import open_for_run
+
+        state = open_for_run(screen)
+        if is_offline():
+            screen.note("EVSYS_OFFLINE is set: it gets nothing of this run until that is unset")
+            return []
+        own = [each.config for each in callbacks if isinstance(each, EvsysLoggerCallback)]
+        if any(_goes_to(each, state.url) for each in own):
+            return []
+        # By its URL where the environment names another server; else by its state file, also after a restart.
+        params = {} if _goes_to(EvsysLoggerConfig(), state.url) else {"url": state.url}
+        spec = {"kind": EvsysLoggerCallback.name, "params": params, **({"name": "dashboard"} if own else {})}
+        return list(build_callbacks([spec]))
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Set the experiment's ID."""
@@ -151,3 +190,9 @@ def _folder(ctx: object, path: str, file: str) -> Path | None:
         return run_folder(ctx) if file == "run" else local_path(path, "output_dir")
     except ValueError:  # a URL
         return None
+
+
+def _goes_to(config: EvsysLoggerConfig, dashboard_url: str) -> bool:
+    """Whether events of a callback with these parameters go to the running dashboard of this user."""
+    url = config.url or os.environ.get("EVSYS_API_URL", "").strip()
+    return is_same_server(url, dashboard_url) if url else not has_api_key(config)

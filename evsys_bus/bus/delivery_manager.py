@@ -7,6 +7,7 @@ else.
 """
 
 import itertools
+import math
 import shutil
 import tempfile
 import threading
@@ -20,7 +21,7 @@ import msgspec
 
 from evsys_bus.adapter import Adapter
 from evsys_bus.bus.delivery_log import DeliveryLog
-from evsys_bus.bus.health import CourierLocation
+from evsys_bus.bus.health import CourierLocation, HookHealth
 from evsys_bus.bus.lifecycle import CallbackCloser
 from evsys_bus.callback import Callback, callback_name
 from evsys_bus.codec import error_text
@@ -53,6 +54,10 @@ LOOP_POLL_SECONDS: Final = 0.05
 _STUCK_STATES: Final = ("parked", "failed")
 COURIER_STOP_SECONDS: Final = 0.5
 """How long courier threads may take to end after the deadline; one that its adapter blocks is abandoned."""
+HOOK_TIMES_SECONDS: Final = 30.0
+"""Interval at which the times of hooks are written, if they have changed."""
+FIRST_HOOK_TIMES_SECONDS: Final = 5.0
+"""The same for the first time."""
 CHECK_INTERVAL_SECONDS: Final = 1.0
 """Interval of checks of the deliveries."""
 
@@ -193,6 +198,9 @@ class DeliveryManager:
         self._supervisor: Supervisor | None = None
         self._courier_pools: list[CourierPool] = []
         self._delivery_log: DeliveryLog | None = None
+        self._hook_health: Callable[[], Sequence[HookHealth]] = tuple[HookHealth, ...]
+        self._written_hooks: Sequence[HookHealth] = ()
+        self._hook_times_due = math.inf
         self._failure_policy = FailurePolicy([each for each in self._subscriptions if each.policy.can_stop_run])
         self.inline: Final[tuple[object, ...]] = (
             *inline,
@@ -307,13 +315,19 @@ class DeliveryManager:
         self._unregistered = tuple(each for each in self._unregistered if each.name in refused)
         self._next_register_at = time.monotonic() + REGISTER_RETRY_SECONDS
 
-    def start(self, last_sequences: Callable[[], dict[str, int]], task_manager: TaskManager) -> None:
+    def start(
+        self,
+        last_sequences: Callable[[], dict[str, int]],
+        task_manager: TaskManager,
+        hook_health: Callable[[], Sequence[HookHealth]],
+    ) -> None:
         """Start the couriers, if anything is followed.
 
         Args:
             last_sequences: Returns the stream of this process and the sequence of its last event; empty if there are
                 gaps.
             task_manager: Runs couriers that are tasks on the program's loop.
+            hook_health: Returns counts and times of the hooks, for the couriers to record.
         """
         if not self._subscriptions:
             return
@@ -322,6 +336,9 @@ class DeliveryManager:
         directory = self._directory
         self._progress = ProgressReader(directory)
         self._last_sequences = last_sequences
+        self._hook_health = hook_health
+        if self._rank_subscriptions and not self._rank:  # all ranks of a job have the same hooks
+            self._hook_times_due = time.monotonic() + FIRST_HOOK_TIMES_SECONDS
         locations = self.courier_locations()
         by_location = {
             location: [each for each in self._rank_subscriptions if locations[each.name] == location]
@@ -371,6 +388,21 @@ class DeliveryManager:
         if self._delivery_log is not None:
             self._run_guarded("couriers.unreadable", self._delivery_log.poll)
         self._run_guarded("delivery.not_judged", self._check_failure_policy)
+        for each in self._courier_pools:
+            each.record_status()
+        if time.monotonic() >= self._hook_times_due:
+            self._hook_times_due = time.monotonic() + HOOK_TIMES_SECONDS
+            self._run_guarded("delivery.hook_times_not_written", self._write_hook_times)
+
+    def _write_hook_times(self) -> None:
+        """Write how long hooks take to the file that the couriers copy into the journal, if it has changed."""
+        from evsys_bus.delivery.status_recorder import write_hook_times
+        from evsys_bus.journal import OsDisk
+
+        hooks = self._hook_health()
+        if hooks != self._written_hooks:
+            self._written_hooks = hooks
+            write_hook_times(OsDisk(), self._directory, self._rank, hooks)
 
     def _check_failure_policy(self) -> None:
         if self._failure_policy.is_due() and self._progress is not None:

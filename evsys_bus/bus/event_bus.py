@@ -532,7 +532,9 @@ class EventBus:
             attach(callback, self)
         self._publisher.open(self._recorder)
         if self._recorder is not None:
-            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
+            self._delivery_manager.start(
+                self._recorder.last_sequences, self._task_manager, self._publisher.dispatches.hook_health
+            )
         self._watchdog.start()
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:

@@ -28,6 +28,7 @@ COMMAND_GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "runs": "lists runs: states, differing config keys, metrics",
         "show": "shows a run or an experiment, or compares runs",
         "tail": "shows the events of a live or finished journal",
+        "dash": "shows runs in the browser; starts, finds or stops the dashboard",
         "logs": "shows the tracebacks of failed runs, and the warnings of couriers",
         "status": "shows the streams of a journal, their writers, and the progress of each adapter",
         "journal": "verifies, repairs or exports a journal",
@@ -53,7 +54,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 COMMANDS_GROUP: Final = "evsys_bus.commands"
 """The entry-point group of commands in other packages: ``name = "module:command"``."""
-_IN_ADAPTERS: Final = frozenset({"checkpoints", "fetch"})
+_IN_ADAPTERS: Final = frozenset({"checkpoints", "dash", "fetch"})
 """Commands of the table that come from the package ``evsys_adapters``, by the entry-point group."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from evsys_bus.cli.check import load_plan
-from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
+from evsys_bus.cli.options import build_command_line, dash_option, output_dir_option, running_options
 from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen
 from evsys_bus.cli.run import RunOptions, train
@@ -15,11 +15,13 @@ from evsys_bus.demo import DEMO_FILE
 
 @click.command("demo")
 @output_dir_option("Default: runs/demo-<time>.")
+@dash_option
 @running_options
 @click.pass_obj
 def command(
     screen: Screen,
     output_dir: Path | None,
+    dash: bool,
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     sets: tuple[str, ...],
@@ -41,4 +43,5 @@ def command(
     folder = output_dir or Path("runs", time.strftime("demo-%Y%m%d-%H%M%S"))
     plan = load_plan(DEMO_FILE, sets=sets, arms=arms, seeds=seeds, output_dir=folder)
     resume_command = build_command_line("demo", output_dir=folder, set=sets, arm=arms, seed=seeds)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
+    options = RunOptions(resume, strict, progress, as_json, resume_command, log_level, dash=dash)
+    return train(plan, options, screen)

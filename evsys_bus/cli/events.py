@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from evsys_bus.adapter import RunAnnotated
+from evsys_bus.adapter import DeliveryChanged, HookTimes, RunAnnotated
 from evsys_bus.cli.output.formatting import format_duration, pluralize
 from evsys_bus.cli.output.screen import Screen
 from evsys_bus.codec import decode
@@ -68,6 +68,8 @@ class EventFilter(msgspec.Struct, frozen=True):
         if self.run is not None and envelope.run != self.run:
             return False
         if self.types and type_of(envelope.event) not in self.types:
+            return False
+        if not self.types and isinstance(envelope.event, DeliveryChanged | HookTimes):  # shown by name alone
             return False
         return self.metric is None or any(map(self.metric.search, metrics_of(envelope.event)))
 

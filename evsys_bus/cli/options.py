@@ -113,6 +113,11 @@ def count_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
     return click.option("-n", "count", type=click.IntRange(min=0), metavar="N", help=help_text)
 
 
+dash_option: Final = click.option(
+    "--dash", is_flag=True, help="Show it in the dashboard, which is started if none runs, and which goes on after it."
+)
+
+
 def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
     """Return the option ``--output-dir``."""
     return click.option("--output-dir", type=click.Path(path_type=Path, file_okay=True), help=help_text)

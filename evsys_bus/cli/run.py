@@ -21,7 +21,7 @@ import msgspec
 from evsys_bus.bus import EventBus, Health, Receipt
 from evsys_bus.cli.check import ExperimentPlan, check_resume, load_plan, plan_json, plan_lines, warn_about_metric
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
+from evsys_bus.cli.options import build_command_line, dash_option, output_dir_option, running_options
 from evsys_bus.cli.output.capture import guard_stdout, keep_output
 from evsys_bus.cli.output.deliveries import (
     ProblemMonitor,
@@ -70,6 +70,8 @@ _DRAIN_SECONDS: Final = 20.0
 _MAX_METRICS: Final = 4
 _MAX_FAILURES: Final = 10
 _MAX_PAGE_URLS: Final = 10
+_DASHBOARD_LOGGER: Final = "evsys_logger"
+"""The kind of the callback that sends events to the dashboard."""
 _HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 
 
@@ -77,6 +79,7 @@ _HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 @click.argument("file", type=click.Path(path_type=Path))
 @output_dir_option("Default: the file's output_dir, or runs/<name>.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and start nothing.")
+@dash_option
 @click.option("--output/--no-output", default=True, help="Copy what Python code prints into output.log.")
 @running_options
 @click.pass_obj
@@ -85,6 +88,7 @@ def command(
     file: Path,
     output_dir: Path | None,
     dry_run: bool,
+    dash: bool,
     output: bool,
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
@@ -116,7 +120,7 @@ def command(
 
     shown_sets = tuple(map(redact_text, sets))
     resume_command = build_command_line("run", file, set=shown_sets, arm=arms, seed=seeds, output_dir=output_dir)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level, output), screen)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level, output, dash), screen)
 
 
 class RunOptions(NamedTuple):
@@ -132,6 +136,8 @@ class RunOptions(NamedTuple):
     """The least level of log records that are shown; WARNING if None. From ERROR on there is no progress either."""
     output: bool = True
     """Whether to copy what Python code prints into the experiment's ``output.log``."""
+    dash: bool = False
+    """Whether to show it in the dashboard."""
 
 
 def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
@@ -146,6 +152,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     resume_command = shlex.join([*options.command, "--resume"])
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
+    callbacks += _open_dashboard(callbacks, screen) if options.dash else []
     if options.resume:
         _fetch_before_resume(plan, resolve_mode(options.progress), screen)
     tracker = _make_tracker(plan, options)
@@ -289,6 +296,12 @@ def _build_callbacks(plan: ExperimentPlan) -> list[object]:
             if each.where is not None and each.where.file is None:
                 each.where = plan.document.where(each.where.path)
         raise
+
+
+def _open_dashboard(callbacks: Sequence[object], screen: Screen) -> list[object]:
+    """Let the adapter of the dashboard find or start it; returns the callbacks that it adds to those of the plan."""
+    logger: Any = REGISTRY.find(_DASHBOARD_LOGGER)
+    return logger.open_dashboard(callbacks, screen)
 
 
 def _fetch_before_resume(plan: ExperimentPlan, mode: ProgressMode, screen: Screen) -> None:

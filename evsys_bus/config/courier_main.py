@@ -62,12 +62,14 @@ def main(line: bytes) -> None:
     pool.start()
     while not sigterms and not select.select([0], [], [], _POLL_SECONDS)[0] and os.getppid() == config.parent_pid:
         faulthandler.dump_traceback_later(hang_seconds, exit=True, file=2)
+        pool.record_status()
     wait_seconds = _read_wait_seconds()
     faulthandler.dump_traceback_later(wait_seconds + hang_seconds, exit=True, file=2)
     deadline = time.monotonic() + wait_seconds + config.grace_seconds
     pool.finish(deadline)
     signals_before: int | None = None  # the program was gone
     while not pool.join(_POLL_SECONDS) and time.monotonic() < deadline:
+        pool.record_status()
         if os.getppid() != config.parent_pid:  # the program no longer waits for this process
             deadline = min(deadline, time.monotonic() + config.grace_seconds)
             config = msgspec.structs.replace(config, parent_pid=os.getppid())
@@ -89,6 +91,7 @@ def deliver_pending(line: bytes) -> None:
     pool.start(subscribe=False)
     pool.finish()
     while not pool.join(_POLL_SECONDS):
+        pool.record_status()
         if select.select([0], [], [], 0)[0]:
             pool.stop()
             pool.join(STOP_SECONDS)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback
@@ -31,6 +31,9 @@ from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
+
+if TYPE_CHECKING:
+    from evsys_bus.delivery.sink_receiver import SinkReceiver
 
 COMMIT_SECONDS: Final = 0.2
 """Minimum time between two commits while events arrive."""
@@ -82,7 +85,8 @@ class Courier:
         disk: Disk | None = None,
     ) -> None:
         self.name: Final = name
-        self._directory: Final = os.fspath(directory)
+        self.directory: Final = os.fspath(directory)
+        """The journal."""
         self._policy: Final = policy
         self._publish: Final = publish
         self._start_after: Final = start_after
@@ -94,7 +98,7 @@ class Courier:
         self._disk: Final[Disk] = OsDisk() if disk is None else disk
         self._faults: Final = FaultLog()
         self._store: Final = DeliveryStore(
-            self._directory,
+            self.directory,
             name,
             adapter_kind(adapter),
             persistent=persistent,
@@ -122,9 +126,11 @@ class Courier:
         self._failing_since: float | None = None
         self._unconfirmed = DeliveryStatus()
         """Unconfirmed events: the fields ``owed``, ``owed_fix`` and ``error``."""
+        self._waiting_for: str | None = None
+        """What the sink waits for while nothing is pending."""
         self._saved_failures = (0, 0)
         """Failure counts of hooks and tasks, as last written before a commit."""
-        self._pending_counter = PendingCounter(self._directory, policy.ranks, self._disk)
+        self._pending_counter = PendingCounter(self.directory, policy.ranks, self._disk)
 
     async def run(self) -> None:
         """Deliver until finished or stopped. Errors of the adapter during delivery are handled, not raised.
@@ -180,7 +186,7 @@ class Courier:
 
     def has_subscription(self, name: str) -> bool:
         """Whether an adapter of this name is followed in this journal."""
-        return is_subscribed(self._directory, name, self._disk)
+        return is_subscribed(self.directory, name, self._disk)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Store the report in the state file, from any thread; see `Adapter.report_owed`."""
@@ -198,6 +204,12 @@ class Courier:
             same_texts = (previous.error, previous.owed_fix) == (unconfirmed.error, unconfirmed.owed_fix)
             self._write_status("delivering", urgent=not (same_texts and unconfirmed.owed and previous.owed))
 
+    def report_waiting(self, why: str | None) -> None:
+        """Store what the sink waits for, on the courier's loop; see `Sink.report_waiting`."""
+        if why != self._waiting_for:
+            self._waiting_for = why
+            self._write_status("idle", urgent=True)
+
     @property
     def counts(self) -> DeliveryStatus:
         """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
@@ -206,6 +218,16 @@ class Courier:
         pending = self._pending_counter.count(positions)
         recorded = delivered + dead + pending
         return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
+
+    @property
+    def handled(self) -> int:
+        """How many events were handled; from any thread."""
+        return self._store.handled
+
+    @property
+    def last_status(self) -> DeliveryStatus | None:
+        """The state that was last written, without counts of events; from any thread."""
+        return self._store.last_status
 
     @property
     def failure_counts(self) -> HasFailureCounts | None:
@@ -228,10 +250,11 @@ class Courier:
     async def _run_session(self, *, has_cursor: bool) -> None:
         receiver, store = self._receiver, self._store
         source = EventSource(
-            self._directory,
+            self.directory,
             store.cursor,
             ranks=self._policy.ranks,
             raw=self._sink is not None and self._sink.raw,
+            with_payloads=self._sink is not None and self._sink.with_payloads,
             disk=self._disk,
             clock=self._clock,
             faults=self._faults,
@@ -302,7 +325,7 @@ class Courier:
                     self._is_complete = True
                     return
                 was_exhausted = include_idle
-                await asyncio.sleep(0.0 if include_idle else self._poll_seconds)
+                await self._pause(is_finishing=include_idle)
                 continue
             was_exhausted = False
             remaining = began + receiver.max_seconds - clock.monotonic()
@@ -325,6 +348,12 @@ class Courier:
                 if not self._failed_marks:
                     self._set_problem(None)
             await asyncio.sleep(self._slice_seconds or 0.0)
+
+    async def _pause(self, *, is_finishing: bool) -> None:
+        """Wait a moment for new events; meanwhile the sink may do what is due."""
+        if self._sink is not None and self._sink.idle_seconds is not None and not is_finishing:
+            await cast("SinkReceiver", self._receiver).do_idle_work(self._clock.monotonic())
+        await asyncio.sleep(0.0 if is_finishing else self._poll_seconds)
 
     async def _resume_runs(self, batch: Batch) -> None:
         """Repeat the start events of open runs whose segments were removed; they are not counted."""
@@ -451,6 +480,8 @@ class Courier:
         unconfirmed, previous = self._unconfirmed, self._previous_status
         # A problem of the delivery comes before the reason for unconfirmed events.
         shown = unconfirmed if problem is None else problem
+        if problem is None and self._waiting_for is not None and state in {"idle", "delivering"}:
+            problem = shown = DeliveryStatus(state="waiting", error=self._waiting_for)
         counts = self.failure_counts
         failures, task_failures, last_failure = (
             (0, 0, None) if counts is None else (counts.failures, counts.task_failures, counts.last_failure)

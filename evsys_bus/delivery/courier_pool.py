@@ -27,6 +27,7 @@ from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.status_files import is_delivering, write_status_if_idle
+from evsys_bus.delivery.status_recorder import StatusRecorder
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog, current_adapter, log
@@ -150,6 +151,9 @@ class CourierPool:
         self._task_manager = task_manager
         self._workers = [_CourierWorker(each) for each in subscriptions]
         self._annotations = _AnnotationWriter(directory, self._clock, self._disk)
+        self._status_recorder = StatusRecorder(
+            directory, self._annotations.publish, self._disk, monotonic=self._clock.monotonic
+        )
 
     def start(self, *, subscribe: bool = True) -> None:
         """Start delivering.
@@ -201,9 +205,18 @@ class CourierPool:
                 worker.thread.stop()
         if self.running:
             return False
+        self.record_status(final=True)
         self._annotations.close()
         self._faults.flush()
         return True
+
+    def record_status(self, *, final: bool = False) -> None:
+        """Record in the journal how the deliveries go, if that has changed and is due; see `StatusRecorder`.
+
+        Called periodically, on a thread that no training waits for.
+        """
+        couriers = [worker.courier for worker in self._workers if worker.courier is not None]
+        self._status_recorder.record(couriers, final=final)
 
     @property
     def running(self) -> list[str]:
@@ -356,7 +369,8 @@ class _CourierWorker:
         self.requested: Literal["finish", "stop"] | None = None
         self.deadline: float | None = None
         self.progress: ProgressReader | None = None
-        self._courier: Courier | None = None
+        self.courier: Courier | None = None
+        """The current one, or the last one."""
         self._lock = threading.Lock()
 
     def request(self, request: Literal["finish", "stop"]) -> None:
@@ -366,16 +380,16 @@ class _CourierWorker:
 
     def set_courier(self, courier: Courier) -> None:
         with self._lock:
-            self._courier = courier
+            self.courier = courier
             self._forward_request()
 
     def _forward_request(self) -> None:
-        if self._courier is None:
+        if self.courier is None:
             return
         if self.requested == "finish":
-            self._courier.finish(self.deadline)
+            self.courier.finish(self.deadline)
         elif self.requested == "stop":
-            self._courier.stop()
+            self.courier.stop()
 
     async def pause(self, seconds: float) -> None:
         """Sleep for ``seconds``, or until a new request arrives."""

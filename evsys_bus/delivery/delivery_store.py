@@ -200,6 +200,7 @@ class DeliveryStore:
         """The cursor as it was when its mark was taken, until it is saved."""
         self._lock: Final = CourierLock(directory, name, disk, clock)
         self._is_removal_logged = False
+        self._handled = 0
         self._last_status: DeliveryStatus | None = None
         self._status_written_at = 0.0
 
@@ -319,6 +320,16 @@ class DeliveryStore:
         self._faults.warn("courier.not_committed", self._name, error=error, adapter=self._name)
         return False
 
+    @property
+    def last_status(self) -> DeliveryStatus | None:
+        """The state that was last written, without counts of events; from any thread."""
+        return self._last_status
+
+    @property
+    def handled(self) -> int:
+        """How many events were handled since the store was opened; from any thread."""
+        return self._handled
+
     def write_status(self, status: DeliveryStatus, *, urgent: bool) -> None:
         """Write the state if it differs from the last one; changes that are not urgent once a second at most."""
         now = self._clock.monotonic()
@@ -417,6 +428,7 @@ class DeliveryStore:
     def _advance(self, stream: str, sequence: int, delivered: int, dead: int) -> None:
         previous = self.cursor.position(stream)
         self.cursor.streams[stream] = Position(sequence, previous.delivered + delivered, previous.dead + dead)
+        self._handled += delivered + dead
         self.has_changes = True
 
     def _track_steps(self, stream: str, envelopes: list[Envelope] | list[RawRecord]) -> None:

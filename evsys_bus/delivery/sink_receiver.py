@@ -176,6 +176,8 @@ MAX_CONSECUTIVE_DEAD: Final = 3
 MAX_ABANDONED_CALLS: Final = 3
 """How many calls that ignored their cancellation may still run; no other call is made until one of them has ended."""
 CLOSE_SECONDS: Final = 5.0
+IDLE_WORK_SECONDS: Final = 3.0
+"""How long the sink's `on_idle` may take: so much longer may the end of an idle courier take."""
 
 
 class SinkReceiver:
@@ -237,6 +239,7 @@ class SinkReceiver:
         self._consecutive_dead = 0
         self._last_part: tuple[Envelope | RawRecord, ...] = ()
         self._returned: list[object] = []
+        self._idle_work_due = -math.inf
 
     async def open(self, on_problem: ProblemHandler) -> None:
         """Open the sink; retries until that succeeds.
@@ -254,6 +257,7 @@ class SinkReceiver:
     async def deliver(self, batch: Sequence[Envelope | RawRecord], sizes: Sequence[int]) -> BatchResult:
         """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
         self._returned = []
+        self.max_seconds = max(0.0, self._sink.max_batch_seconds)  # the sink may change it while it is open
         while True:
             limit = 1 if self._is_breaker_open() else self._batch_limit
             part = tuple(batch[: max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))])
@@ -271,6 +275,21 @@ class SinkReceiver:
             return None
         outcome = self._validate(self._last_part, Outcome(self._returned[0]))
         return self._resolve(self._last_part, outcome) if outcome.error is None else None
+
+    async def do_idle_work(self, now: float) -> None:
+        """Call the sink's `on_idle` if that is due; a failure is logged.
+
+        Args:
+            now: Monotonic time.
+        """
+        seconds = self._sink.idle_seconds
+        if seconds is None or now < self._idle_work_due or self._unfinished_calls:
+            return
+        self._idle_work_due = now + seconds
+        outcome = await self._call_with_timeout(self._sink.on_idle, IDLE_WORK_SECONDS)
+        if outcome.error is not None:
+            why = describe_error(outcome.error)
+            self._faults.warn("sink.idle_work_failed", type(outcome.error), sink=self._name, why=why)
 
     @property
     def needs_starts_as_events(self) -> bool:

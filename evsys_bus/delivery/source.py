@@ -21,7 +21,7 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, RunStart, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import FrameRun
-from evsys_bus.sink import RawRecord
+from evsys_bus.sink import RawRecord, RecordedEnvelope
 
 MAX_READ_ATTEMPTS: Final = 60
 """How often reading a segment is retried, with a pause in between, before the segment is skipped."""
@@ -56,7 +56,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.items: list[Any] = []
-        """Each is an `Envelope`, or a `RawRecord` if the source is raw."""
+        """Each is an `Envelope`, a `RecordedEnvelope` if the source is with payloads, or a `RawRecord` if it is raw."""
         self.sizes: list[int] = []
         """Encoded size of each event in bytes."""
         self.sequences: list[int] = []
@@ -120,6 +120,7 @@ class EventSource:
         cursor: Where to start; a stream that is not in it is read from its beginning.
         ranks: The ranks whose streams are read; None for all.
         raw: Whether the batches are of `RawRecord`, and nothing is decoded.
+        with_payloads: Whether they are of `RecordedEnvelope`.
         disk: The file system.
         clock: The clocks.
         faults: Where read errors are logged.
@@ -132,6 +133,7 @@ class EventSource:
         *,
         ranks: tuple[int, ...] | None,
         raw: bool = False,
+        with_payloads: bool = False,
         disk: Disk,
         clock: Clock,
         faults: FaultLog,
@@ -140,6 +142,7 @@ class EventSource:
         self._cursor: Final = cursor
         self._ranks: Final = ranks
         self._raw: Final = raw
+        self._with_payloads: Final = with_payloads
         self._disk: Final = disk
         self._clock: Final = clock
         self._faults: Final = faults
@@ -331,7 +334,7 @@ class EventSource:
         """Add events of one stream."""
         items, sizes, sequences = batch.items, batch.sizes, batch.sequences
         contexts, contexts_by_run = source.contexts, source.contexts.by_run
-        raw, stream = self._raw, source.stream
+        raw, with_payloads, stream = self._raw, self._with_payloads, source.stream
         before = len(items)
         room, total_bytes = max_events - before, batch.bytes
         read_result: ReadResult = "dry"
@@ -356,7 +359,7 @@ class EventSource:
                     batch.is_closed, read_result = True, "full"
                     break
                 total_bytes += size
-                items.append(item)
+                items.append(RecordedEnvelope.of(item, payload) if with_payloads else item)
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1

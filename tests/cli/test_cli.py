@@ -188,7 +188,18 @@ def test_doctor_looks_for_everything_that_the_package_and_its_extras_need():
     report = json.loads(in_a_process("doctor", "--json").stdout)
     assert {"anyio", "msgspec", "ruamel-yaml", "tenacity", "uvloop"} <= set(report["packages"])
     extras = {name.removeprefix("extra "): list(found) for name, found in report.items() if name.startswith("extra ")}
-    assert sorted(extras) == ["demo", "evsys", "mlflow", "s3", "system", "tensorboard", "testing", "wandb", "webhook"]
+    assert sorted(extras) == [
+        "dashboard",
+        "demo",
+        "evsys",
+        "mlflow",
+        "s3",
+        "system",
+        "tensorboard",
+        "testing",
+        "wandb",
+        "webhook",
+    ]
     assert (extras["s3"], extras["wandb"]) == (["aiobotocore"], ["wandb"])
 
 

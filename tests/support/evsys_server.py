@@ -107,6 +107,12 @@ class EvsysServer:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
+    def routes(self):
+        return [
+            Route(PATH, self.gateway, methods=["POST"]),
+            Route("/moved/{rest:path}", self.redirect_request, methods=["POST"]),
+        ]
+
     def start(self):
         # With the protocol number, by which asyncio recognizes a TCP socket and disables Nagle's algorithm.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -114,12 +120,12 @@ class EvsysServer:
         listener.bind(("127.0.0.1", self.port))
         listener.listen(128)
         self.port = listener.getsockname()[1]
-        routes = [
-            Route(PATH, self.gateway, methods=["POST"]),
-            Route("/moved/{rest:path}", self.redirect_request, methods=["POST"]),
-        ]
         config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", timeout_graceful_shutdown=0, lifespan="off", loop="asyncio"
+            Starlette(routes=self.routes()),
+            log_level="critical",
+            timeout_graceful_shutdown=0,
+            lifespan="off",
+            loop="asyncio",
         )
         self._server = uvicorn.Server(config)
         self._hanging = asyncio.Event()

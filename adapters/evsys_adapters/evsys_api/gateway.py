@@ -40,7 +40,7 @@ _MAX_REDIRECTS: Final = 5
 _MAX_SHOWN_CHARS: Final = 300
 """Maximum number of characters of a response in error messages."""
 _ERROR_BYTES: Final = 1 << 16
-_BUSY: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+RETRIED_STATUSES: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
 _NO_SUCH_PAGE: Final = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE})
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
@@ -95,6 +95,11 @@ def server_url(config: EvsysLoggerConfig) -> str | None:
         fix = "set it to http://host:port or https://host, without user and password"
         raise ParkedError("EVSYS_API_URL is not the URL of a server", fix=fix)
     return None if found is None else found.rstrip("/")
+
+
+def has_api_key(config: EvsysLoggerConfig) -> bool:
+    """Whether the environment holds a key now."""
+    return bool(os.environ.get(config.api_key_env, "").strip())
 
 
 def api_key(config: EvsysLoggerConfig) -> str:
@@ -230,7 +235,7 @@ class Gateway:
             raise ParkedError(what, fix=f"{fix}, and by `evsys-bus sync`")
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
-        if status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status in RETRIED_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             after = retry_after_seconds(headers.get("Retry-After"))
             if after is not None:
                 self._paused_until = time.monotonic() + after

@@ -25,6 +25,7 @@ from evsys_bus.errors import (
     ConfigError,
     ConfigErrors,
     CourierBusyError,
+    DashboardError,
     DeliveryError,
     DocumentError,
     EvsysBusError,
@@ -118,7 +119,7 @@ def _sort_key(error: EvsysBusError) -> tuple[str, int, int]:
 
 
 def _exit_code(error: EvsysBusError) -> int:
-    if isinstance(error, JournalError | CourierBusyError | UntrustedFileError):
+    if isinstance(error, JournalError | CourierBusyError | DashboardError | UntrustedFileError):
         return ENVIRONMENT
     if isinstance(error, DeliveryError):
         return REMOTE

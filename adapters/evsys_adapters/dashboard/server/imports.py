@@ -1,0 +1,123 @@
+"""Importing journals of this machine: of runs that were recorded before the dashboard was there."""
+
+import asyncio
+from collections import OrderedDict
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Final, Literal
+
+import anyio.from_thread
+import anyio.to_thread
+import msgspec
+
+from evsys_adapters.dashboard import journals
+from evsys_adapters.dashboard.server.answers import AnswerError
+from evsys_adapters.dashboard.server.ingest import Ingester
+from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.store import Store
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import EvsysBusError
+
+_MAX_KEPT: Final = 200
+_MAX_WAITING: Final = 1_000
+
+
+class Import(msgspec.Struct):
+    """One journal that is, was or will be imported."""
+
+    journal: str
+    state: Literal["waiting", "running", "completed", "failed"] = "waiting"
+    events: int = 0
+    """Events that were delivered so far; those that the database had before do not count."""
+    of: int | None = None
+    """Events to deliver, as far as known."""
+    error: str | None = None
+
+
+class JournalImports:
+    """Imports journals one after another, through the ingester, so that readers come in between.
+
+    Args:
+        store: The store's thread.
+        ingester: Applies the events.
+    """
+
+    def __init__(self, store: StoreThread, ingester: Ingester) -> None:
+        self._store: Final = store
+        self._ingester: Final = ingester
+        self._imports: Final[OrderedDict[str, Import]] = OrderedDict()
+        self._waiting: Final[asyncio.Queue[Import]] = asyncio.Queue(_MAX_WAITING)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a journal is being imported."""
+        return any(each.state in {"waiting", "running"} for each in self._imports.values())
+
+    def start(self, journal: str) -> str:
+        """Import a journal, or continue with one whose import was requested already. Returns the import's id.
+
+        Raises:
+            AnswerError: There is no such directory, or too many wait.
+        """
+        path = Path(journal)
+        try:
+            is_folder = path.is_absolute() and path.is_dir()
+        except (OSError, ValueError):
+            is_folder = False
+        if not is_folder:
+            raise AnswerError(
+                400, "journal", "no such directory on the machine of the dashboard", fix="give its absolute path"
+            )
+        for id_, known in self._imports.items():
+            if known.journal == journal and known.state in {"waiting", "running"}:
+                return id_
+        new = Import(journal)
+        try:
+            self._waiting.put_nowait(new)
+        except asyncio.QueueFull as error:
+            raise AnswerError(429, "imports", "too many imports wait", fix="wait for them") from error
+        id_ = token_hex(8)
+        self._imports[id_] = new
+        if len(self._imports) > _MAX_KEPT:
+            done = (each for each, known in self._imports.items() if known.state in {"completed", "failed"})
+            self._imports.pop(next(done, ""), None)
+        return id_
+
+    def progress(self, id_: str) -> dict[str, Any]:
+        """Return how far an import is. Raises AnswerError if it is not known."""
+        known = self._imports.get(id_)
+        if known is None:
+            raise AnswerError(404, "import", "no such import", fix="start it again: it changes nothing twice")
+        return msgspec.to_builtins(known)
+
+    async def run(self) -> None:
+        """Import what is requested, until cancelled."""
+        while True:
+            each = await self._waiting.get()
+            each.state = "running"
+            try:
+                await self._import(each)
+            except (AnswerError, EvsysBusError, OSError) as error:
+                each.state, each.error = "failed", str(error)
+            except Exception as error:
+                log().error("dashboard.import_failed", journal=each.journal, exc_info=True)
+                each.state, each.error = "failed", f"{type(error).__name__}: {error}"
+            else:
+                each.state = "completed"
+
+    async def _import(self, each: Import) -> None:
+        for journal in await anyio.to_thread.run_sync(journals.journals_of, each.journal):
+            batches = journals.read_batches(journal, self._watermark)
+            before = each.events
+            while (batch := await anyio.to_thread.run_sync(next, batches, None)) is not None:
+                each.of = max(before + batch.total, each.events + len(batch.payloads))
+                await self._ingester.ingest(batch.stream, batch.after, batch.payloads)
+                each.events += len(batch.payloads)
+
+    def _watermark(self, stream: str) -> int:
+        """Return what the database has of a stream; called on the thread that reads the journal."""
+
+        async def read() -> int:
+            return await self._store.call(Store.watermark, stream)
+
+        return anyio.from_thread.run(read)

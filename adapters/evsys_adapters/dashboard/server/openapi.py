@@ -1,0 +1,265 @@
+"""The description of the routes, for programs and people: OpenAPI 3.1, served at ``/api/openapi.json``."""
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+Json: TypeAlias = dict[str, Any]
+
+_TEXT: Final[Json] = {"type": "string"}
+_INTEGER: Final[Json] = {"type": "integer"}
+_NUMBER: Final[Json] = {"type": "number"}
+_OBJECT: Final[Json] = {"type": "object"}
+_OPTIONAL_INTEGER: Final[Json] = {"type": ["integer", "null"]}
+
+
+def _object(required: str = "", **properties: Json) -> Json:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items}
+
+
+def _choice(*values: str) -> Json:
+    return {"type": "string", "enum": list(values)}
+
+
+def _parameter(name: str, place: str, schema: Json, description: str) -> Json:
+    return {
+        "name": name,
+        "in": place,
+        "required": place == "path",
+        "schema": schema,
+        "description": description,
+    }
+
+
+def _json(schema: Json) -> Json:
+    return {"application/json": {"schema": schema}}
+
+
+def _answer(description: str, content: Mapping[str, Any] | None = None) -> Json:
+    return {"description": description, **({} if content is None else {"content": content})}
+
+
+_ERROR: Final = _json(
+    _object(
+        "error",
+        error=_object("code message fix", code=_TEXT, message=_TEXT, fix=_TEXT),
+        sequence={**_INTEGER, "description": "Of 409: the last sequence number that is stored."},
+        limit={**_INTEGER, "description": "Of 413: how many bytes a body may have."},
+    )
+)
+_ERRORS: Final[Json] = {
+    "400": _answer("The request cannot be understood.", _ERROR),
+    "401": _answer("The token is missing or wrong.", _ERROR),
+    "403": _answer("The Origin is that of another server.", _ERROR),
+    "408": _answer("Headers or body did not arrive in time.", _ERROR),
+    "413": _answer("The body is too large, as sent or decompressed.", _ERROR),
+    "421": _answer("The Host does not name this server.", _ERROR),
+    "429": _answer("Too many wrong tokens from this address.", _ERROR),
+    "503": _answer("The database cannot be used now; Retry-After says when to try again.", _ERROR),
+}
+_BINARY: Final[Json] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_COLUMNS: Final = (
+    "`EVC1`, the length of the header as a little-endian u32, the header (JSON, padded with spaces so that the rest "
+    "begins at a multiple of 8 bytes), then float64 columns, little-endian. The header refers to a column as [offset, "
+    "length], both in numbers. NaN is a gap."
+)
+
+
+def _operation(
+    summary: str,
+    answers: Json,
+    *,
+    description: str = "",
+    body: Json | None = None,
+    parameters: list[Json] | None = None,
+    is_open: bool = False,
+) -> Json:
+    return {
+        "summary": summary,
+        **({"description": description} if description else {}),
+        **({"parameters": parameters} if parameters else {}),
+        **({"requestBody": {"required": True, "content": body}} if body else {}),
+        "responses": answers if is_open else {**answers, **_ERRORS},
+        **({"security": []} if is_open else {}),
+    }
+
+
+_CHART: Final = _object(
+    "metric",
+    metric=_TEXT,
+    runs={"type": ["array", "null"], "items": _TEXT, "description": "Ids of runs; null for all."},
+    lines=_choice("band", "members", "both"),
+    **{"from": _OPTIONAL_INTEGER, "to": _OPTIONAL_INTEGER},
+    buckets={**_INTEGER, "minimum": 1, "maximum": 5000, "default": 500},
+    x=_choice("step", "relative", "wall"),
+    rank=_OPTIONAL_INTEGER,
+)
+_TOPICS: Final = _list(_object("topic", topic=_TEXT, frame=_OPTIONAL_INTEGER))
+_LIVE: Final = (
+    'As a WebSocket with the subprotocols `evsys` and `token.TOKEN`: send {"subscribe": [{"topic", "frame"}]}, which '
+    "replaces the former subscription; each binary message is a columns container with the header {topic, frame, kind, "
+    "…}. Topics: `home`, `e/ID`, `c/ID/LINES/WIDTH/METRIC`. Kinds: `data`; `refetch` and `reset`: read the view again. "
+    "Without an upgrade, as described here: the frames since those numbers, as base64."
+)
+
+DESCRIPTION: Final[Json] = {
+    "openapi": "3.1.0",
+    "info": {
+        "title": "evsys-bus dashboard",
+        "version": "1",
+        "description": f"Errors are JSON with code, message and fix. Columns container: {_COLUMNS}",
+    },
+    "security": [{"token": []}],
+    "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    "paths": {
+        "/health": {
+            "get": _operation(
+                "What this server is",
+                {
+                    "200": _answer(
+                        "A dashboard.",
+                        _json(
+                            _object(
+                                "service protocol version store encodings",
+                                service={"const": "evsys-bus-dashboard"},
+                                protocol=_INTEGER,
+                                version=_TEXT,
+                                store={**_TEXT, "description": "A UUID of the database."},
+                                encodings=_list(_TEXT),
+                            )
+                        ),
+                    )
+                },
+                is_open=True,
+            )
+        },
+        "/api/openapi.json": {"get": _operation("This description", {"200": _answer("OpenAPI.", _json(_OBJECT))})},
+        "/api/ingest": {
+            "post": _operation(
+                "Store events of one stream",
+                {
+                    "200": _answer(
+                        "Stored, and on the disk.",
+                        _json(
+                            _object(
+                                "sequence events points",
+                                sequence=_INTEGER,
+                                events=_INTEGER,
+                                points=_INTEGER,
+                                unreadable={**_INTEGER, "description": "Skipped for good; only if there are any."},
+                            )
+                        ),
+                    ),
+                    "409": _answer("Events before these are absent; `sequence` is the last that is stored.", _ERROR),
+                    "415": _answer("The content encoding is not known here; /health lists those that are.", _ERROR),
+                },
+                description="A msgpack array of envelopes as the journal has them. Events that are stored already "
+                "change nothing. One body of a stream at a time.",
+                body={"application/msgpack": {"schema": {"type": "string", "format": "binary"}}},
+                parameters=[
+                    _parameter("stream", "query", _TEXT, "The stream."),
+                    _parameter("after", "query", _INTEGER, "The last sequence number that the client knows as stored."),
+                    _parameter("Content-Encoding", "header", _choice("identity", "gzip", "zstd"), "Of the body."),
+                ],
+            )
+        },
+        "/api/import": {
+            "post": _operation(
+                "Import a journal of the server's machine",
+                {"202": _answer("It is being imported.", _json(_object("import", **{"import": _TEXT})))},
+                body=_json(_object("journal", journal={**_TEXT, "description": "An absolute path."})),
+            )
+        },
+        "/api/import/{id}": {
+            "get": _operation(
+                "How far an import is",
+                {
+                    "200": _answer(
+                        "Its state.",
+                        _json(
+                            _object(
+                                "state events of error",
+                                state=_choice("waiting", "running", "completed", "failed"),
+                                events=_INTEGER,
+                                of=_OPTIONAL_INTEGER,
+                                error={"type": ["string", "null"]},
+                            )
+                        ),
+                    ),
+                    "404": _answer("No such import.", _ERROR),
+                },
+                parameters=[_parameter("id", "path", _TEXT, "The import.")],
+            )
+        },
+        "/api/home": {
+            "get": _operation(
+                "All experiments",
+                {
+                    "200": _answer(
+                        "Their rows.",
+                        _json(
+                            _object(
+                                "store now experiments frame",
+                                store=_TEXT,
+                                now=_NUMBER,
+                                experiments=_list(_OBJECT),
+                                frame={**_INTEGER, "description": "Live frames after it have what changes later."},
+                            )
+                        ),
+                    )
+                },
+            )
+        },
+        "/api/experiments/{id}": {
+            "get": _operation(
+                "One experiment",
+                {
+                    "200": _answer("Its headlines, arms, runs, metrics, alerts.", _json(_OBJECT)),
+                    "404": _answer("No such experiment.", _ERROR),
+                },
+                parameters=[_parameter("id", "path", _TEXT, "The experiment.")],
+            )
+        },
+        "/api/charts": {
+            "post": _operation(
+                "Several charts of an experiment",
+                {
+                    "200": _answer("A columns container with the header {charts, frame}.", _BINARY),
+                    "404": _answer("No such experiment.", _ERROR),
+                },
+                body=_json(_object("experiment charts", experiment=_TEXT, charts={**_list(_CHART), "maxItems": 100})),
+            )
+        },
+        "/api/live": {
+            "get": _operation(
+                "Live frames",
+                {
+                    "200": _answer("Frames.", _json(_list(_TEXT))),
+                    "204": _answer("There are none."),
+                },
+                description=_LIVE,
+                parameters=[
+                    {
+                        "name": "topics",
+                        "in": "query",
+                        "required": True,
+                        "content": _json(_TOPICS),
+                        "description": "What is viewed, and the number of the last frame of each.",
+                    }
+                ],
+            )
+        },
+        "/api/dashboard/api/sdk/data/": {
+            "post": _operation(
+                "The gateway of the hosted service",
+                {"200": _answer("The result.", _json(_object("result", result={})))},
+                description="Operations of EvSys' own clients; the older routes below sdk/ are there too, with and "
+                "without a slash at their end.",
+                body=_json(_object("op", op=_TEXT, args=_OBJECT)),
+            )
+        },
+    },
+}

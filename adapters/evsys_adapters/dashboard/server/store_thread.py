@@ -1,0 +1,123 @@
+"""The thread that uses the store: all of its calls in order, and a store that failed is opened again.
+
+SQLite and the open chunks belong to one thread. Ingested bodies are applied in slices, of which at most one waits for
+the thread at any time: reads for charts and live frames come between two slices, and slices that wait together share
+one transaction.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+from typing import Concatenate, Final, ParamSpec, TypeVar
+
+from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.server.answers import AnswerError
+from evsys_adapters.dashboard.store import Store
+from evsys_bus.diagnostics import log
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_LOCK_SECONDS: Final = 1.0
+"""How long a call waits for another program that has locked the database, and all other calls with it."""
+_REOPEN_SECONDS: Final = 1.0
+"""How long all calls fail at once after the store could not be opened."""
+
+
+def open_store(path: Path) -> Store:
+    """Open the store of a server. Raises StoreError."""
+    return Store.open(path, timeout_seconds=_LOCK_SECONDS)
+
+
+class StoreThread:
+    """Runs calls on the store's thread.
+
+    Args:
+        path: The database.
+        open_store: Opens it; called on the thread, again after a failure.
+    """
+
+    def __init__(self, path: Path, open_store: Callable[[Path], Store] = open_store) -> None:
+        self._path = path
+        self._open_store = open_store
+        self._executor = ThreadPoolExecutor(1, "dashboard-store")
+        self._store: Store | None = None
+        self._failure: tuple[float, str, str] | None = None
+        """Until when calls fail at once, why, and the fix; after that the store is opened again."""
+
+    def open(self) -> None:
+        """Open the store. Raises StoreError."""
+        error = self._executor.submit(self._open).exception()
+        if error is not None:
+            self._executor.shutdown()
+            raise error
+        self._executor.submit(_import_numpy)
+
+    def close(self) -> None:
+        """Write what is in memory, and close the store. Raises StoreError."""
+        try:
+            self._executor.submit(self._close).result()
+        finally:
+            self._executor.shutdown()
+
+    async def call(self, work: Callable[Concatenate[Store, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return ``work(store, *args)``, run on the thread.
+
+        Raises:
+            AnswerError: The database cannot be used now (503). It is opened again for the next call.
+        """
+
+        def run() -> T:
+            return self._run(lambda store: work(store, *args, **kwargs))
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, run)
+
+    def _run(self, work: Callable[[Store], T], *, is_repeated: bool = False) -> T:
+        if self._failure is not None and time.monotonic() < self._failure[0]:
+            raise _unavailable(*self._failure[1:])
+        try:
+            if self._store is None or self._failure is not None:
+                self._open()
+            assert self._store is not None
+            return work(self._store)
+        except (StoreError, sqlite3.Error) as error:
+            if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
+                self._failure = (0.0, "", "")
+            else:
+                why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
+                self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
+                log().warning("dashboard.store_failed", database=str(self._path), error=why, fix=fix)
+                raise _unavailable(why, fix) from error
+        return self._run(work, is_repeated=True)  # an earlier call broke the store: nothing was done in this one
+
+    def _open(self) -> None:
+        self._store = self._open_store(self._path) if self._store is None else self._store.reopen()
+        self._failure = None
+
+    def _close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+_REPORT: Final = "report it with the log of the dashboard"
+
+
+def _import_numpy() -> None:
+    """Import what charts need, so that the first one does not wait for it."""
+    import numpy as np
+
+    np.zeros(1)
+
+
+def _unavailable(why: str, fix: str) -> AnswerError:
+    return AnswerError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "store",
+        f"the database cannot be used now: {why}",
+        fix=fix,
+        headers={"retry-after": "2"},
+    )

@@ -1,0 +1,275 @@
+"""The database of a dashboard: what is delivered to it, in transactions that survive a power cut, and what is read.
+
+A store is used by one thread. Events are identified by their stream and sequence number, so that delivering them again
+changes nothing. After any other error than `BehindError` inside a transaction the store is of no use; `reopen` returns
+a new one with all that was acknowledged.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from evsys_adapters.dashboard.catalogue import Catalogue
+from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError
+from evsys_adapters.dashboard.schema import migrate
+from evsys_adapters.dashboard.series import Changes, SeriesStore
+from evsys_bus.codec import decode
+from evsys_bus.errors import CodecError, EvsysBusError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class BehindError(EvsysBusError, ValueError):
+    """The client continues after an event that this database does not have.
+
+    Attributes:
+        watermark: The sequence number of the last event of the stream that is stored; 0 if there is none.
+    """
+
+    def __init__(self, stream: str, after: int, watermark: int) -> None:
+        super().__init__(
+            f"events {watermark + 1} to {after} of the stream {stream} were not delivered to this database",
+            fix="deliver them again: evsys-bus replay",
+        )
+        self.watermark: Final = watermark
+
+
+class Ingested(msgspec.Struct, frozen=True):
+    """What a batch of events added."""
+
+    sequence: int
+    """The sequence number of the last event of the stream that is stored."""
+    events: int
+    """Events that were new and could be read."""
+    points: int
+    changed: Changes
+    unreadable: int = 0
+    """Events that were new and could not be read; they are skipped for good."""
+
+
+class _Head(msgspec.Struct):
+    seq: int
+
+
+_MAX_SEQUENCE: Final = (1 << 63) - 1
+"""The largest integer of a column."""
+_decode_head: Final = msgspec.msgpack.Decoder(_Head).decode
+
+
+class Store:
+    """The database of a dashboard. It belongs to one process at a time, which closes it."""
+
+    def __init__(
+        self,
+        path: Path,
+        database: Database,
+        store_id: str,
+        catalogue: Callable[[Database, SeriesStore], Catalogue],
+        checkpoint_points: int,
+        timeout_seconds: float,
+    ) -> None:
+        self.path: Final = path
+        self.id: Final = store_id
+        """A UUID of this database."""
+        self.database: Final = database
+        self.series: Final = SeriesStore(database, checkpoint_points=checkpoint_points)
+        self.catalogue: Final = catalogue(database, self.series)
+        self._factory: Final = catalogue
+        self._checkpoint_points: Final = checkpoint_points
+        self._timeout_seconds: Final = timeout_seconds
+        self._watermarks: Final[dict[str, int]] = {}
+        self._changes: Changes | None = None
+        self._failed = False
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        catalogue: Callable[[Database, SeriesStore], Catalogue] = Catalogue,
+        checkpoint_points: int = 400_000,
+        timeout_seconds: float = 1.0,
+    ) -> "Self":
+        """Open a database, created if needed, bring it to this version, and apply the log that a kill left.
+
+        Args:
+            path: The file; its folder is created.
+            catalogue: Makes what events are applied to. Its attribute ``TABLES``, if any, has statements that create
+                its tables where they do not exist.
+            checkpoint_points: See `SeriesStore`.
+            timeout_seconds: How long a statement waits for another program that has locked the database.
+
+        Raises:
+            StoreError: It cannot be opened; the error has the fix.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the folder of the database {path} cannot be created",
+                problem="refused",
+                why=error.strerror,
+                fix="give a path in a folder that you may write",
+            ) from error
+        database = SqliteDatabase(path, timeout_seconds=timeout_seconds)
+        with ExitStack() as stack:
+            stack.callback(database.close)
+            store_id = migrate(database, getattr(catalogue, "TABLES", ()))
+            store = cls(path, database, store_id, catalogue, checkpoint_points, timeout_seconds)
+            stack.pop_all()
+        return store
+
+    def reopen(self) -> "Self":
+        """Close this store, whatever state it is in, and open it again."""
+        self._close_database()
+        return type(self).open(
+            self.path,
+            catalogue=self._factory,
+            checkpoint_points=self._checkpoint_points,
+            timeout_seconds=self._timeout_seconds,
+        )
+
+    @contextmanager
+    def transaction(self) -> Generator[Changes]:
+        """Commit what the block does at once, together with the points that it added.
+
+        Blocks inside a block join it: several calls of `ingest` cost one sync of the disk. The changes are complete
+        after the block. If it raises, the store is of no use: check what may be refused before the block.
+
+        Raises:
+            StoreError: The disk refused the transaction, or an earlier one has failed: `reopen` the store.
+        """
+        self._check_usable()
+        completed = False
+        if self._changes is not None:
+            try:
+                yield self._changes
+                completed = True
+            finally:
+                self._failed = self._failed or not completed
+            return
+        changes = self._changes = Changes()
+        try:
+            with self.database.transaction():
+                yield changes
+                self._check_usable()  # the block may have caught the error of a part of it
+                self._flush()
+                changes.update(self.series.take_changes())
+            completed = True
+        finally:
+            self._changes = None
+            self._failed = self._failed or not completed
+
+    def ingest(self, stream: str, after: int, payloads: Sequence[bytes | memoryview]) -> Ingested:
+        """Store encoded envelopes of one stream, in one transaction, or in the one that is open.
+
+        Events up to the watermark are skipped. One that cannot be read is counted, and never delivered again.
+
+        Args:
+            stream: The name of the stream.
+            after: The sequence number of the event before the first one; it may lie below the watermark.
+            payloads: What `evsys_bus.codec.encode` returned, in the order of sequence numbers.
+
+        Raises:
+            BehindError: Events before these were not delivered. Nothing has changed, and the store remains usable.
+            StoreError: The disk refused the transaction: `reopen` the store.
+        """
+        watermark = self.watermark(stream)
+        if after > watermark:
+            raise BehindError(stream, after, watermark)
+        changes = Changes()
+        sequence, events, points, unreadable = watermark, 0, 0, 0
+        previous, completed = after, False
+        with self.transaction() as outer:
+            try:
+                for payload in payloads:
+                    try:
+                        envelope = decode(payload)
+                    except CodecError:
+                        previous = _sequence_of(payload, previous + 1)
+                        unreadable += previous > sequence
+                        sequence = max(sequence, previous)
+                        continue
+                    if not 0 < envelope.seq <= _MAX_SEQUENCE:
+                        unreadable += 1
+                        continue
+                    previous = envelope.seq
+                    if previous <= sequence:
+                        continue
+                    sequence = previous
+                    events += 1
+                    points += self.catalogue.apply(envelope, changes)
+                if sequence > watermark:
+                    self.database.execute(
+                        "INSERT INTO stream (name, seq) VALUES (?, ?)"
+                        " ON CONFLICT (name) DO UPDATE SET seq = excluded.seq",
+                        stream,
+                        sequence,
+                    )
+                    self._watermarks[stream] = sequence
+                self._flush()
+                completed = True
+            finally:
+                self._failed = self._failed or not completed
+            changes.update(self.series.take_changes())
+            outer.update(changes)
+        return Ingested(sequence, events, points, changes, unreadable)
+
+    def watermark(self, stream: str) -> int:
+        """Return the sequence number of the last event of the stream that is stored, 0 if there is none."""
+        known = self._watermarks.get(stream)
+        if known is None:
+            rows = self.database.query("SELECT seq FROM stream WHERE name = ?", stream)
+            known = self._watermarks[stream] = rows[0][0] if rows else 0
+        return known
+
+    def checkpoint(self) -> None:
+        """Write what is in memory into its tables, and empty the log."""
+        with self.transaction():
+            self.series.checkpoint()
+
+    def close(self) -> None:
+        """Write a checkpoint, and close the database. Without one, as after an error, nothing is lost either.
+
+        Raises:
+            StoreError: The disk refused the checkpoint. The store is closed.
+        """
+        if self._closed:
+            return
+        try:
+            if not self._failed:
+                self.checkpoint()
+        finally:
+            self._close_database()
+
+    def _flush(self) -> None:
+        self.catalogue.flush()
+        self.series.flush()
+
+    def _check_usable(self) -> None:
+        if self._failed or self._closed:
+            raise StoreError(
+                "this store is closed, or an error has interrupted a transaction",
+                problem="failed",
+                fix="open the store again, and repeat what was not acknowledged",
+            )
+
+    def _close_database(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.database.close()
+
+
+def _sequence_of(payload: bytes | memoryview, otherwise: int) -> int:
+    """Return the sequence number of an envelope that cannot be read as a whole."""
+    try:
+        sequence = _decode_head(payload).seq
+    except (msgspec.MsgspecError, RecursionError):
+        return otherwise
+    return sequence if 0 < sequence <= _MAX_SEQUENCE else otherwise

@@ -1,0 +1,325 @@
+// The charts of an experiment: toolbar, legend, and cards that exist while they are in view.
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { effect } from "@preact/signals";
+import { chartOf, fetchChart } from "./api";
+import { Swatch } from "./arms";
+import { canvasColours } from "./colours";
+import { merged } from "./curves";
+import { count, csv, number, shortened } from "./format";
+import { connection, subscribe } from "./live";
+import { Plot } from "./plot";
+import type { Chart, Experiment, Metric } from "./types";
+import * as view from "./view";
+
+const BUCKETS = 180;
+/** Live updates add points; beyond this a coarser level is fetched. */
+const MOST_POINTS = 2 * BUCKETS;
+const REFETCH_MS = 2_000;
+const RETRY_MS = 3_000;
+
+interface Props {
+  experiment: Experiment;
+  slots: Map<string, number>;
+  isGrouped: boolean;
+}
+
+export function Charts({ experiment, slots, isGrouped }: Props) {
+  const order = useOrder(experiment);
+  const { matches, error } = useMemo(() => matcher(view.filter.value), [view.filter.value]);
+  const byName = new Map(experiment.metrics.map((metric) => [metric.name, metric]));
+  const found = order.flatMap((name) => byName.get(name) ?? []).filter((metric) => matches(metric.name));
+  const drawn = found.filter((metric) => metric.constant === null);
+  const constants = found.filter((metric) => metric.constant !== null);
+  const sections = isGrouped ? sectionsOf(drawn) : [["", drawn] as const];
+  if (!experiment.metrics.length) return <p class="empty">No metric yet.</p>;
+  return (
+    <section class="charts">
+      <Toolbar found={drawn.length} of={experiment.metrics.length} error={error} />
+      <Legend experiment={experiment} slots={slots} />
+      {sections.map(([section, metrics]) => (
+        <div key={section}>
+          {section && <h2>{section}</h2>}
+          <div class="cards">
+            {metrics.map((metric) => (
+              <Card key={metric.name} metric={metric} experiment={experiment} slots={slots} />
+            ))}
+          </div>
+        </div>
+      ))}
+      {constants.length > 0 && (
+        <p class="constants">
+          <span class="label">the same in all runs</span>{" "}
+          {constants.map((metric) => (
+            <span key={metric.name} class="constant">
+              <span class="name">{metric.name}</span> {number(metric.constant)}
+            </span>
+          ))}
+        </p>
+      )}
+    </section>
+  );
+}
+
+/** Names in the order to draw, headlines first; metrics that appear later come last, so that no card moves. */
+function useOrder(experiment: Experiment): string[] {
+  const order = useRef<string[]>([]);
+  const known = new Set(order.current);
+  const headlines = experiment.headlines.map((headline) => headline.name);
+  const names = experiment.metrics.map((metric) => metric.name);
+  const sorted = [...headlines.filter((name) => names.includes(name)), ...names.filter((name) => !headlines.includes(name))];
+  const added = sorted.filter((name) => !known.has(name));
+  if (added.length) order.current = [...order.current, ...added];
+  return order.current;
+}
+
+function matcher(text: string): { matches: (name: string) => boolean; error: string } {
+  try {
+    const pattern = new RegExp(text, "i");
+    return { matches: (name) => pattern.test(name), error: "" };
+  } catch {
+    return { matches: (name) => name.toLowerCase().includes(text.toLowerCase()), error: "not a regular expression: searched as text" };
+  }
+}
+
+function sectionsOf(metrics: Metric[]): (readonly [string, Metric[]])[] {
+  const sections = new Map<string, Metric[]>();
+  for (const metric of metrics) {
+    const name = metric.section ?? metric.name.split("/")[0]!;
+    const section = sections.get(name);
+    if (section) section.push(metric);
+    else sections.set(name, [metric]);
+  }
+  return [...sections];
+}
+
+function Toolbar({ found, of, error }: { found: number; of: number; error: string }) {
+  const range = view.zoom.value;
+  const isLog = view.logCharts.value.has("*");
+  const cycles: [label: string, value: string, key: string, next: () => void][] = [
+    ["lines", view.lines.value, "m", () => (view.lines.value = view.next(view.LINES, view.lines.value))],
+    ["y", isLog ? "log" : "linear", "l", () => (view.logCharts.value = view.toggled(view.logCharts.value, "*"))],
+    ["x", view.xAxis.value, "x", view.cycleX],
+    ["smooth", view.smoothing.value, "s", () => (view.smoothing.value = view.next(view.SMOOTHINGS, view.smoothing.value))],
+  ];
+  return (
+    <div class="tools">
+      <input
+        type="search"
+        placeholder="filter metrics: regex  ( / )"
+        aria-label="filter metrics"
+        value={view.filter.value}
+        onInput={(event) => (view.filter.value = event.currentTarget.value)}
+      />
+      {cycles.map(([label, value, key, next]) => (
+        <button key={label} title={`next choice ( ${key} )`} onClick={next}>
+          <span class="muted">{label}</span> {value}
+        </button>
+      ))}
+      {range && (
+        <button title="whole range ( 0, or double click )" onClick={() => (view.zoom.value = null)}>
+          {`steps ${count(range[0])} \u2013 ${count(range[1])} \u2715`}
+        </button>
+      )}
+      <span class="muted">
+        {view.filter.value ? `${found} of ${of} metrics` : ""} {error}
+      </span>
+    </div>
+  );
+}
+
+function Legend({ experiment, slots }: { experiment: Experiment; slots: Map<string, number> }) {
+  if (experiment.arms.length < 2) return null;
+  const hidden = view.hiddenArms.value;
+  return (
+    <div class="legend">
+      {experiment.arms.slice(0, 60).map(({ name }) => (
+        <button
+          key={name}
+          aria-pressed={!hidden.has(name)}
+          title="show or hide"
+          onClick={() => (view.hiddenArms.value = view.toggled(hidden, name))}
+          onMouseEnter={() => (view.highlightedArm.value = name)}
+          onMouseLeave={() => (view.highlightedArm.value = null)}
+        >
+          <Swatch slot={slots.get(name) ?? 0} />
+          <span class="text">{shortened(name, 60)}</span>
+        </button>
+      ))}
+    </div>
+  );
+}
+
+const inView = new WeakMap<Element, (isIn: boolean) => void>();
+const observer = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) inView.get(entry.target)?.(entry.isIntersecting);
+  },
+  { rootMargin: "160px 0px" },
+);
+
+function Card({ metric, experiment, slots }: { metric: Metric; experiment: Experiment; slots: Map<string, number> }) {
+  const card = useRef<HTMLElement>(null);
+  const [isIn, setIn] = useState(false);
+  useLayoutEffect(() => {
+    const element = card.current!;
+    inView.set(element, setIn);
+    observer.observe(element);
+    return () => observer.unobserve(element);
+  }, []);
+  const isLog = view.logCharts.value.has("*") !== view.logCharts.value.has(metric.name);
+  const setActive = (isActive: boolean) => (view.activeChart.value = isActive ? metric.name : null);
+  return (
+    <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => setActive(true)} onBlur={() => setActive(false)}>
+      <h3 title={shortened(metric.name, 500)}>
+        <span class="text">{metric.name}</span>
+        {isLog && <span class="mark">log</span>}
+      </h3>
+      {isIn ? (
+        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} setActive={setActive} />
+      ) : (
+        <div class="plot" />
+      )}
+    </article>
+  );
+}
+
+interface CurvesProps {
+  metric: string;
+  experiment: Experiment;
+  slots: Map<string, number>;
+  isLog: boolean;
+  setActive: (isActive: boolean) => void;
+}
+
+function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
+  const host = useRef<HTMLDivElement>(null);
+  const plot = useRef<Plot | null>(null);
+  const [chart, error] = useChart(experiment.id, metric);
+  const hidden = view.hiddenArms.value;
+  const smoothing = view.smoothing.value;
+  const theme = view.theme.value;
+  const [label, setLabel] = useState("");
+  const order = experiment.arms.map((arm) => arm.name);
+
+  useLayoutEffect(() => {
+    plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: setActive });
+    const resized = new ResizeObserver(() => plot.current?.resize());
+    resized.observe(host.current!);
+    const stop = effect(() => plot.current?.highlight(view.highlightedArm.value));
+    return () => {
+      stop();
+      resized.disconnect();
+      plot.current?.destroy();
+      setActive(false);
+    };
+  }, []);
+
+  useLayoutEffect(() => {
+    if (!chart || !plot.current) return;
+    canvasColours.value;
+    plot.current.draw(chart.chart, { log: isLog, smoothing, x: chart.x, zoom: chart.zoom, slots, order, hidden });
+    setLabel(plot.current.label);
+  }, [chart, isLog, smoothing, theme, slots, hidden, order.join("\0")]);
+
+  const fileName = metric.replace(/[^\w.-]+/g, "_").slice(0, 100);
+  return (
+    <>
+      <div class="plot" ref={host} />
+      <p class="corner" title={label}>
+        <span class="files">
+          <button onClick={() => chart && save(`${fileName}.csv`, new Blob([tableOf(chart.chart)], { type: "text/csv" }))}>CSV</button>
+          <button onClick={async () => save(`${fileName}.png`, (await plot.current?.image()) ?? null)}>PNG</button>
+        </span>
+        <span class="drawn">{error || label}</span>
+      </p>
+    </>
+  );
+}
+
+/** What is drawn, as a table. */
+function tableOf({ metric, lines, width }: Chart): string {
+  const rows = lines.flatMap((line) =>
+    Array.from(line.x, (x, i) => [
+      line.kind, line.arm, line.seed, line.steps?.[i] ?? x, width, line.mean[i]!, line.sd?.[i] ?? null, line.min?.[i] ?? null, line.max?.[i] ?? null,
+    ]),
+  );
+  return csv([["line", "arm", "seed", "step", "steps_in_bucket", metric, "sd", "min", "max"], ...rows]);
+}
+
+function save(name: string, blob: Blob | null): void {
+  if (!blob) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+interface Loaded {
+  chart: Chart;
+  /** What it was loaded for; the URL may be ahead of it. */
+  x: (typeof view.X_AXES)[number];
+  zoom: [number, number] | null;
+}
+
+/** A chart as the view's settings ask for it, updated live. */
+function useChart(experiment: string, metric: string): [Loaded | null, string] {
+  const [loaded, setLoaded] = useState<Loaded | null>(null);
+  const [error, setError] = useState("");
+  const lines = view.lines.value;
+  const x = view.xAxis.value;
+  const isOfEpochs = metric.startsWith("epoch/");
+  const zoom = isOfEpochs ? null : view.zoom.value;
+  const isPaused = view.paused.value;
+  const isLost = connection.value === "lost";
+
+  useEffect(() => {
+    let isOver = false;
+    let timer = 0;
+    let unsubscribe = () => {};
+    let drawing = 0;
+    const load = async () => {
+      timer = 0;
+      unsubscribe();
+      const [from, to] = zoom ?? [null, null];
+      try {
+        const { chart, frame } = await fetchChart(experiment, { metric, lines, from, to, buckets: BUCKETS, x });
+        if (isOver) return;
+        let current = chart;
+        setError("");
+        setLoaded({ chart, x, zoom });
+        if (isPaused) return;
+        unsubscribe = subscribe(`c/${experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
+          if (header.kind !== "data") {
+            loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
+          } else if (x !== "step") {
+            loadAfter(REFETCH_MS); // updates count in steps
+          } else {
+            current = merged(current, chartOf(header.chart, data), from, to);
+            if (current.lines.some((line) => line.x.length > MOST_POINTS)) loadAfter(REFETCH_MS);
+            drawing ||= requestAnimationFrame(() => {
+              drawing = 0;
+              setLoaded({ chart: current, x, zoom });
+            });
+          }
+        });
+      } catch (failed) {
+        if (isOver) return;
+        setError(failed instanceof Error ? failed.message : String(failed));
+        loadAfter(RETRY_MS);
+      }
+    };
+    const loadAfter = (ms: number) => {
+      if (!timer && !isOver) timer = window.setTimeout(load, ms);
+    };
+    void load();
+    return () => {
+      isOver = true;
+      clearTimeout(timer);
+      cancelAnimationFrame(drawing);
+      unsubscribe();
+    };
+  }, [experiment, metric, lines, x, zoom?.[0], zoom?.[1], isPaused]);
+
+  return [loaded, isLost && !loaded ? "connection lost" : error];
+}

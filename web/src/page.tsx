@@ -1,0 +1,127 @@
+// The frame of all pages: bar, connection, keys, help; and which page a path shows.
+import { useEffect, useErrorBoundary, useRef } from "preact/hooks";
+import { effect, signal } from "@preact/signals";
+import { canvasColours } from "./colours";
+import { ExperimentPage } from "./experiment";
+import { HomePage } from "./home";
+import { connection } from "./live";
+import { Failure, Link } from "./parts";
+import * as view from "./view";
+
+effect(() => void canvasColours.value); // sets the theme, before the first page is drawn
+
+const isHelpOpen = signal(false);
+
+const KEYS: [key: string, what: string, run: () => void][] = [
+  ["/", "filter", () => document.querySelector<HTMLInputElement>("input[type=search]")?.focus()],
+  ["m", "lines: band, members, both", () => (view.lines.value = view.next(view.LINES, view.lines.value))],
+  ["l", "logarithmic axis: of the chart under the pointer, else of all", view.toggleLog],
+  ["s", "smoothing: auto, off, light, medium, strong", () => (view.smoothing.value = view.next(view.SMOOTHINGS, view.smoothing.value))],
+  ["x", "x axis: step, relative time, wall clock", view.cycleX],
+  [".", "pause: what arrives is not shown", () => (view.paused.value = !view.paused.value)],
+  ["0", "whole range again, as a double click on a chart", () => (view.zoom.value = null)],
+  ["d", "light or dark", view.toggleTheme],
+  ["?", "this list", () => (isHelpOpen.value = !isHelpOpen.value)],
+];
+
+function onKey(event: KeyboardEvent): void {
+  const target = event.target as HTMLElement;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (target.matches("input, textarea, select")) {
+    if (event.key === "Escape") target.blur();
+    return;
+  }
+  const found = KEYS.find(([key]) => key === event.key);
+  if (!found) return;
+  event.preventDefault();
+  found[2]();
+}
+
+const CONNECTIONS = {
+  connecting: ["\u25cc", "connecting"],
+  live: ["\u25cf", "live"],
+  polling: ["\u25cf", "live, by polling"],
+  lost: ["\u25cb", "connection lost, trying again"],
+} as const;
+
+function Connection() {
+  const state = view.paused.value ? "paused" : connection.value;
+  const [sign, text] = view.paused.value ? ["\u2016", "paused"] : CONNECTIONS[connection.value];
+  return (
+    <button class={`connection ${state}`} aria-live="polite" title="pause or continue ( . )" onClick={() => (view.paused.value = !view.paused.value)}>
+      <span aria-hidden="true">{sign}</span> {text}
+    </button>
+  );
+}
+
+function Help() {
+  const dialog = useRef<HTMLDialogElement>(null);
+  useEffect(
+    () =>
+      effect(() => {
+        if (isHelpOpen.value) dialog.current?.showModal();
+        else dialog.current?.close();
+      }),
+    [],
+  );
+  return (
+    <dialog ref={dialog} aria-label="Keys" onClose={() => (isHelpOpen.value = false)} onClick={() => (isHelpOpen.value = false)}>
+      <dl>
+        {KEYS.map(([key, what]) => (
+          <div key={key}>
+            <dt>
+              <kbd>{key}</kbd>
+            </dt>
+            <dd>{what}</dd>
+          </div>
+        ))}
+        <div>
+          <dt>drag</dt>
+          <dd>zoom, in all charts</dd>
+        </div>
+      </dl>
+    </dialog>
+  );
+}
+
+const METRICS_PAGE = /\/metrics\/?$/;
+
+function Content({ path }: { path: string }) {
+  const [error] = useErrorBoundary();
+  const id = /^\/e\/([^/]+)/.exec(path)?.[1];
+  if (error) return <Failure error={`The page failed: ${error}. Load it again.`} />;
+  return id ? <ExperimentPage id={decoded(id)} onlyMetrics={METRICS_PAGE.test(path)} /> : <HomePage />;
+}
+
+function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+export function Page() {
+  useEffect(() => {
+    addEventListener("keydown", onKey);
+    return () => removeEventListener("keydown", onKey);
+  }, []);
+  return (
+    <>
+      <header class="top">
+        <Link to="/" class="brand">
+          evsys-bus
+        </Link>
+        <Connection />
+        <button title="light or dark ( d )" aria-label="light or dark" onClick={view.toggleTheme}>
+          {"\u25d0"}
+        </button>
+        <button title="keys ( ? )" aria-label="keys" onClick={() => (isHelpOpen.value = true)}>
+          ?
+        </button>
+      </header>
+      <Content key={view.path.value.replace(METRICS_PAGE, "")} path={view.path.value} />
+      <Help />
+    </>
+  );
+}
