@@ -186,6 +186,8 @@ class CompiledDispatch:
             for number, line in enumerate(source.splitlines(), start=1)
             if (call := _HOOK_CALL.match(line))
         }
+        self.lines_after_calls = _find_lines_after_calls(source)
+        """Those that run when hooks are called, or after that."""
         self._namespace: dict[str, Any] = {
             "__name__": __name__,
             "__loader__": _SourceLoader(source),
@@ -257,6 +259,16 @@ class CompiledDispatch:
         for stats in self.hook_stats:
             stats.calls += self.count()
         linecache.cache.pop(self.filename, None)  # a traceback may have added it
+
+
+def _find_lines_after_calls(source: str) -> frozenset[int]:
+    found: list[int] = []
+    calls = False
+    for number, line in enumerate(source.splitlines(), start=1):
+        calls = not line.startswith("def ") and (calls or _HOOK_CALL.match(line) is not None)
+        if calls and line.strip() not in {"before(event)", "timed(event)", "settle(error)"}:
+            found.append(number)
+    return frozenset(found)
 
 
 class _SourceLoader:

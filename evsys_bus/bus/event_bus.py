@@ -238,6 +238,10 @@ class EventBus:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
         self._publisher.record(event)
 
+    def were_hooks_called(self, error: BaseException) -> bool:
+        """Return whether an error that `publish` has raised came when it called hooks, or after that."""
+        return self._publisher.were_hooks_called(error)
+
     @property
     def journal_writer(self) -> JournalWriter | None:
         """What writes the journal; None if nothing is recorded."""
