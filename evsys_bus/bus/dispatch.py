@@ -25,8 +25,9 @@ from operator import length_hint
 from typing import Any, Final
 
 from evsys_bus.bus.health import HookHealth
+from evsys_bus.bus.lifecycle import RUN_BOUNDARIES
 from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
-from evsys_bus.events import Event, Metrics, event_tag, step_field, with_int_step
+from evsys_bus.events import Event, event_tag, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 from evsys_bus.weak_items import WeakItems
 
@@ -323,7 +324,7 @@ def _generate_source(
         prepare=_indent(prepare, 12),
         prepare_in_dispatch=_indent(prepare, 4),
         enter=enter_code.format(""),
-        before="before(event)" if calls or event_type is not Metrics else "pass",  # parts are frequent
+        before="before(event)" if calls or event_type in RUN_BOUNDARIES else "pass",
         enter_in_dispatch=enter_code.format("at or "),
         leave=leave_code if recorded else "pass",
         calls=_indent(calls, 16),

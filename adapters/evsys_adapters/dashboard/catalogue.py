@@ -46,6 +46,8 @@ from evsys_bus.reading import JOURNAL
 _MAX_NAMES: Final = 100_000
 _MAX_RANK: Final = 1 << 31
 _PACE_WEIGHT: Final = 0.1
+_WAITING: Final = "of run "
+"""Begins the type under which an event is kept whose run is not known yet; the run's key follows."""
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
 """Events that come from threads beside the training, so that it may have stalled nevertheless."""
 _EPOCH: Final = "epoch"
@@ -192,7 +194,7 @@ class Catalogue:
 
     def _add_step(self, envelope: Envelope, event: StepEnd | Metrics, changes: Changes) -> int:
         step, state = event.step_idx, event.state
-        run = self._run_of(envelope, state)
+        run = self._run_of(envelope, state, changes)
         if not is_step(step):
             self.unreadable_events += 1
             return 0
@@ -249,7 +251,7 @@ class Catalogue:
 
     # -- identity
 
-    def _run_of(self, envelope: Envelope, handle: object) -> RunRecord:
+    def _run_of(self, envelope: Envelope, handle: object, changes: Changes) -> RunRecord:
         """Return the run of an event; a new one if there is none.
 
         The first state of a stream has the whole context, if nothing before it had.
@@ -265,7 +267,24 @@ class Catalogue:
                 run.rank = envelope.rank
             self._routes[key] = run.id
             self._add_context(run, run_context(handle), replace=False)
+            self._add_waiting(run, changes)
         return run
+
+    def _add_waiting(self, run: RunRecord, changes: Changes) -> None:
+        """Add the events of adapters that named the run before its own events came."""
+        for time, event in self.details.take_events(0, f"{_WAITING}{run.key}"):
+            tag, parts = str(event["type"]), event["fields"]
+            if tag == "learnt":
+                self._annotate(parts, time, changes)
+            else:
+                self.details.keep_event(run.id, tag, parts, time)
+
+    def _keep_waiting(self, key: str, tag: str, parts: Mapping[str, Any], time: float) -> None:
+        self.details.keep_event(0, f"{_WAITING}{key}", {"type": tag, "fields": parts}, time)
+
+    def _is_of_unknown_run(self, envelope: Envelope) -> bool:
+        known = self._routes.get((envelope.stream, envelope.run, None))
+        return known is None and self.records.find_by_key(str(envelope.run), envelope.time) is None
 
     def _forget_routes(self, envelope: Envelope) -> None:
         """Have the run identified again: it starts, maybe with another UUID in the same directory."""
@@ -294,6 +313,8 @@ class Catalogue:
             self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
             self.details.keep_event(0, tag, _without_handles(parts), envelope.time)
+        elif handle is None and tag not in self._handlers and self._is_of_unknown_run(envelope):
+            self._keep_waiting(str(envelope.run), tag, _without_handles(parts), envelope.time)
         elif is_of_run or tag in self._handlers:
             return self._add_to_run(tag, parts, handle, envelope, changes)
         else:
@@ -307,7 +328,7 @@ class Catalogue:
     ) -> int:
         if tag == "run_start":
             self._forget_routes(envelope)
-        run = self._run_of(envelope, handle)
+        run = self._run_of(envelope, handle, changes)
         changes.runs.add(run.id)
         changes.experiments.add(run.experiment)
         if tag not in _NO_PROGRESS:
@@ -474,8 +495,11 @@ class Catalogue:
             run.arm = name
 
     def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
-        run = self.records.find_by_key(str(parts.get("run")), time)
-        if run is not None:
+        key = str(parts.get("run"))
+        run = self.records.find_by_key(key, time)
+        if run is None:
+            self._keep_waiting(key, "learnt", parts, time)
+        else:
             run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
             changes.runs.add(run.id)
