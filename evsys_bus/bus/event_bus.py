@@ -284,9 +284,10 @@ class EventBus:
         if self._delivery_manager.has_adapter(callback):
             why = "its events are recorded, and are delivered to it until the bus is left"
             log().warning("callback.still_followed", callback=callback_name(callback), why=why)
+        dispatches = self._publisher.dispatches
         self._publisher.change_callbacks(
             lambda callbacks: tuple(each for each in callbacks if each is not callback),
-            partial(close_removed, callback, self, self._publisher.dispatches),
+            partial(close_removed, callback, self, dispatches.has_called, dispatches.count_failed_close),
         )
 
     def spawn(
@@ -571,7 +572,9 @@ class EventBus:
     def _finish_deliveries(self, receipt: Receipt, deadline: Deadline) -> Receipt:
         with shared_callbacks_lock:
             self._closes_callbacks = True
-            closing_callbacks = callbacks_to_close(self._publisher.callbacks, self, self._publisher.dispatches)
+            closing_callbacks = callbacks_to_close(
+                self._publisher.callbacks, self, self._publisher.dispatches.has_called
+            )
         if not (self._delivery_manager or closing_callbacks or self._delivery_manager.has_unconfirmed):
             return receipt
         loop = self._lifecycle.loop

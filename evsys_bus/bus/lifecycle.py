@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any, Final
 
 from evsys_bus.adapter import Adapter
-from evsys_bus.bus.dispatch import DispatchRegistry
 from evsys_bus.callback import Callback, Spawner, callback_name, check_return_value, detach
 from evsys_bus.codec import error_text
 from evsys_bus.codec.wire_types import attribute_reader, run_and_root, run_key_text
@@ -329,22 +328,20 @@ def may_close(callback: object, bus: object, *, has_called: bool) -> bool:
     return is_needed and not is_shared
 
 
-def callbacks_to_close(callbacks: Iterable[object], bus: object, dispatches: DispatchRegistry) -> list[object]:
+def callbacks_to_close(callbacks: Iterable[object], bus: object, has_called: Callable[[object], bool]) -> list[object]:
     """Return those that a bus which is being left closes."""
     with shared_callbacks_lock:
-        return [
-            each
-            for each in callbacks
-            if has_cleanup(each) and may_close(each, bus, has_called=dispatches.has_called(each))
-        ]
+        return [each for each in callbacks if has_cleanup(each) and may_close(each, bus, has_called=has_called(each))]
 
 
-def close_removed(callback: object, bus: Spawner, dispatches: DispatchRegistry) -> None:
+def close_removed(
+    callback: object, bus: Spawner, has_called: Callable[[object], bool], on_failure: Callable[[object], None]
+) -> None:
     """Close a callback that was removed from a bus, unless another one has it, and detach it."""
     with shared_callbacks_lock:
-        closes = may_close(callback, bus, has_called=dispatches.has_called(callback))
+        closes = may_close(callback, bus, has_called=has_called(callback))
     if closes:
-        close_callback(callback, dispatches.count_failed_close)
+        close_callback(callback, on_failure)
     detach(callback, bus)
 
 
