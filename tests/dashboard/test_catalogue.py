@@ -411,6 +411,10 @@ class TestRunFacts:
         Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
         assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
 
+    def test_a_level_of_an_alert_that_is_none_of_ours_is_a_warning(self, store, delivery):
+        delivery.send(Alert(context(), "t", level="x" * 1_000))  # pyright: ignore[reportArgumentType] # a test's text
+        assert [each.level for each in store.catalogue.details.alerts([only_run(store)])] == ["warning"]
+
     def test_an_event_of_a_courier_that_comes_before_its_run_waits_for_it_and_makes_no_experiment(
         self, store, delivery
     ):

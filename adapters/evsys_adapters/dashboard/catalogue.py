@@ -30,6 +30,7 @@ from evsys_adapters.dashboard.hosted_records import HostedRecords
 from evsys_adapters.dashboard.records import Records, RunIdentity, RunRecord, as_uuid
 from evsys_adapters.dashboard.series import Changes, SeriesStore
 from evsys_adapters.dashboard.values import (
+    MAX_NAME_CHARS,
     UNREADABLE,
     add_names,
     add_value,
@@ -46,6 +47,7 @@ from evsys_bus.reading import JOURNAL
 _MAX_NAMES: Final = 100_000
 _MAX_RANK: Final = 1 << 31
 _PACE_WEIGHT: Final = 0.1
+_ALERT_LEVELS: Final = frozenset({"info", "warning", "error"})
 _WAITING: Final = "of run "
 """Begins the type under which an event is kept whose run is not known yet; the run's key follows."""
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
@@ -367,7 +369,7 @@ class Catalogue:
             run.config = config
         if config:
             arm, seed = config.get("arm"), config.get("seed")
-            run.arm = arm if isinstance(arm, str) and arm else run.arm
+            run.arm = arm[:MAX_NAME_CHARS] if isinstance(arm, str) and arm else run.arm
             run.seed = seed if is_step(seed) else run.seed
         run.group = group if isinstance(group, str) and group else run.group
         if extras:
@@ -478,7 +480,8 @@ class Catalogue:
 
     def _add_alert(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         title, text, level = (str(parts.get(name) or "") for name in ("title", "text", "level"))
-        self.details.add_alert(run.id, title, text, level or "warning", envelope.time)
+        level = level if level in _ALERT_LEVELS else "warning"
+        self.details.add_alert(run.id, title, text, level, envelope.time)
 
     def _end_training(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         end_training(run, parts["state"], envelope)
@@ -492,7 +495,7 @@ class Catalogue:
         run.finals = {name: finite(value) for name, value in values.items()} | run.finals
         name = field(arm, "name")
         if run.arm is None and isinstance(name, str) and name != run.key:
-            run.arm = name
+            run.arm = name[:MAX_NAME_CHARS]
 
     def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
         key = str(parts.get("run"))
