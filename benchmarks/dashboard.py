@@ -470,14 +470,26 @@ def _table(
     return Table(title, "ns", rows, BLANK if BLANK in times else None, list(target_results), absent or {})
 
 
+_BUSY: Final = (
+    ", so\n  other programs took most of the processor, and these times are several times those of a machine at rest."
+)
+
+
 def _as_markdown(tables: Sequence[Table], plan: _Plan, load_before: float) -> str:
     machine = describe_machine()
     lines = [
         "# Figures of the dashboard",
         "",
-        "`uv run python -m benchmarks dashboard --figures docs/dashboard-figures.md` writes this page.",
-        f"{plan.points:,} points; {machine.cores} cores, {machine.platform}, Python {machine.python}; the load of the",
-        f"machine was {load_before:.1f} before. A multiple is that of a blank page in the same browser.",
+        "`uv run python -m benchmarks dashboard --figures docs/dashboard-figures.md` writes this page. The",
+        "dashboard, its clients and chromium share a machine.",
+        "",
+        f"- {plan.points:,} points: {load.RUNS} runs of {plan.steps:,} steps with {load.METRICS} metrics each.",
+        f"- {machine.cores} cores, {machine.platform}, Python {machine.python}. The machine's load before that was",
+        f"  {load_before:.1f}" + (_BUSY if load_before > machine.cores else "."),
+        f"- Cold: the first page of a new browser process; warm: its second. Medians of {plan.loads} processes. A",
+        f"  multiple is that of a blank page in the same round. {TENSORBOARD} shows as many points, read before.",
+        "- A chart is there at the frame after its drawing. Live: from when a step is due to the frame with its point,",
+        f"  with {load.LIVE_METRICS} charts of {load.RUNS} lines open.",
         "",
         "| Promise | Measured | |",
         "|---|---:|---|",
