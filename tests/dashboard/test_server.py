@@ -18,7 +18,7 @@ from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.server.columns import round_numbers
 from evsys_adapters.dashboard.server.serve import DEFAULT_PORT, listen
 from evsys_adapters.dashboard.state_file import find_dashboard, read_state
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import DashboardError
 from support.running_dashboard import TOKEN, Dashboard, Trainer, body_of, running_dashboard
 from support.waiting import wait_until
 
@@ -476,7 +476,7 @@ def test_without_viewers_and_events_it_ends(tmp_path):
 
 def test_a_taken_port_is_refused_if_it_was_given_and_passed_over_if_not():
     with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(EvsysBusError, match="in use"):
+        with pytest.raises(DashboardError, match="in use"):
             listen("127.0.0.1", taken.getsockname()[1])
         with listen("127.0.0.1", None) as first, listen("127.0.0.1", None) as second:
             ports = [each.getsockname()[1] for each in (first, second)]

@@ -29,6 +29,8 @@ class StoreError(EvsysBusError, OSError):
             store that must be opened again after an error.
     """
 
+    code = "EB907"
+
     def __init__(self, what: str, *, problem: Problem, fix: str, why: str | None = None) -> None:
         super().__init__(what, fix=fix, why=why)
         self.problem: Final = problem

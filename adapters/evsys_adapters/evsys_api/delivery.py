@@ -175,7 +175,7 @@ class EvsysSink(Sink):
         now = time.monotonic()
         if now >= self._courier_events_due:
             self._courier_events_due = now + IDLE_SECONDS
-            with suppress(DeliveryError):  # they are sent again with the next batch
+            with suppress(DeliveryError, OSError):  # they are sent again with the next batch
                 await dashboard.send_courier_events()
         return done
 
