@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -480,8 +481,8 @@ def _as_markdown(tables: Sequence[Table], plan: _Plan, load_before: float) -> st
     lines = [
         "# Figures of the dashboard",
         "",
-        "`uv run python -m benchmarks dashboard --figures docs/dashboard-figures.md` writes this page. The",
-        "dashboard, its clients and chromium share a machine.",
+        f"`uv run python -m benchmarks {shlex.join(sys.argv[1:])}` wrote this page.",
+        "The dashboard, its clients and chromium share a machine.",
         "",
         f"- {plan.points:,} points: {load.RUNS} runs of {plan.steps:,} steps with {load.METRICS} metrics each.",
         f"- {machine.cores} cores, {machine.platform}, Python {machine.python}. The machine's load before that was",

@@ -11,8 +11,10 @@ from typing import Final, Literal, NamedTuple
 from benchmarks import dashboard_load as load
 from benchmarks.dashboard_browser import Browser
 
-_LEAD_SECONDS: Final = 4.0
-"""Until the page shows the runs."""
+_LEAD_SECONDS: Final = 5.0
+"""Until the page shows the runs, and has done so for a while."""
+_SETTLE_SECONDS: Final = 1.5
+"""Until what has waited for the courier and the page to start is drawn."""
 
 
 class Latencies(NamedTuple):
@@ -64,7 +66,7 @@ def follow(
         browser.load(f"{url}/e/{_experiment_of(client, mode, feed)}/metrics?lines=members{token}")
         browser.until(f"document.querySelectorAll('.card canvas').length == {load.LIVE_METRICS}")
         browser.page.evaluate("void (bench.isLive = true)")
-        browser.page.wait_for_timeout(500)
+        browser.page.wait_for_timeout(1_000 * _SETTLE_SECONDS)
         began[0] = time.time()
         if other is not None:
             browser.page.wait_for_timeout(1_000 * seconds)
