@@ -6,8 +6,9 @@ import { ArmTable } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { counted, count, deviating, duration, plain, shortened } from "./format";
+import { ExperimentNav } from "./further";
 import { follow } from "./live";
-import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
+import { Age, Failure, Progress, StateWord, useLoaded } from "./parts";
 import type { Experiment, Run } from "./types";
 import { paused } from "./view";
 
@@ -62,7 +63,6 @@ function Shown({ experiment, onlyMetrics }: { experiment: Signal<Experiment>; on
 
 function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetrics: boolean }) {
   const { started, ended, last_event } = experiment;
-  const base = `/e/${encodeURIComponent(experiment.id)}`;
   return (
     <section class="head">
       <div class="title">
@@ -83,14 +83,7 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
             {tag}
           </span>
         ))}
-        <nav>
-          <Link to={base} class={onlyMetrics ? "" : "current"}>
-            overview
-          </Link>
-          <Link to={`${base}/metrics`} class={onlyMetrics ? "current" : ""}>
-            metrics
-          </Link>
-        </nav>
+        <ExperimentNav id={experiment.id} current={onlyMetrics ? "metrics" : ""} />
       </div>
       {!onlyMetrics && (
         <>

@@ -50,6 +50,13 @@ export function deviating(mean: number | null, sd: number | null, signed = false
   return `${sign}${m} \u00b1 ${s}`;
 }
 
+/** "1.2 MB". */
+export function bytes(size: number): string {
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  const power = size < 1 ? 0 : Math.min(units.length - 1, Math.floor(Math.log10(size) / 3 + 1e-9));
+  return `${power ? (size / 1e3 ** power).toPrecision(3) : size} ${units[power]}`;
+}
+
 export function duration(seconds: number): string {
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;

@@ -3,6 +3,7 @@ import { useEffect, useRef } from "preact/hooks";
 import { effect, signal } from "@preact/signals";
 import { canvasColours } from "./colours";
 import { ExperimentPage } from "./experiment";
+import { furtherPage } from "./further";
 import { HomePage } from "./home";
 import { connection } from "./live";
 import { Link } from "./parts";
@@ -104,11 +105,12 @@ export function Page() {
           ?
         </button>
       </header>
-      {found ? (
-        <ExperimentPage key={found[1]} id={decodeURIComponent(found[1]!)} onlyMetrics={!!found[2]} />
-      ) : (
-        <HomePage />
-      )}
+      {furtherPage(view.path.value) ??
+        (found ? (
+          <ExperimentPage key={found[1]} id={decodeURIComponent(found[1]!)} onlyMetrics={!!found[2]} />
+        ) : (
+          <HomePage />
+        ))}
       <Help />
     </>
   );

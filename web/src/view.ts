@@ -14,7 +14,7 @@ export function navigate(to: string): void {
   scrollTo(0, 0);
 }
 
-function setting<T>(name: string, decode: (text: string | null) => T, encode: (value: T) => string | null) {
+export function setting<T>(name: string, decode: (text: string | null) => T, encode: (value: T) => string | null) {
   const value = computed(() => decode(place.value.query.get(name)));
   return {
     get value(): T {
@@ -32,7 +32,7 @@ function setting<T>(name: string, decode: (text: string | null) => T, encode: (v
   };
 }
 
-const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
+export const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
   setting<T>(
     name,
     (text) => choices.find((choice) => choice === text) ?? choices[0]!,
@@ -40,7 +40,7 @@ const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
   );
 
 /** A set of names; each is escaped, as a name may contain the comma. */
-const names = (name: string) =>
+export const names = (name: string) =>
   setting<ReadonlySet<string>>(
     name,
     (text) => new Set(text ? text.split(",").map(unescapeName) : []),

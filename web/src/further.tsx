@@ -1,0 +1,66 @@
+// Pages that the first view does not need: each is loaded when its path is opened.
+import type { ComponentType, VNode } from "preact";
+import { useEffect, useState } from "preact/hooks";
+import { RequestError } from "./api";
+import { Failure, Link } from "./parts";
+
+export interface PageProps {
+  /** What the path names: an experiment or a run. */
+  id: string;
+}
+
+type Page = ComponentType<PageProps>;
+
+const PAGES: [path: RegExp, load: () => Promise<Page>][] = [
+  [/^\/e\/([^/]+)\/runs\/?$/, async () => (await import("./runs")).RunsPage],
+  [/^\/r\/([^/]+)\/?$/, async () => (await import("./run")).RunPage],
+];
+
+const loadedPages = new Map<RegExp, Page>();
+
+/** The page of a path, if it is one of these. */
+export function furtherPage(path: string): VNode | null {
+  for (const [pattern, load] of PAGES) {
+    const found = pattern.exec(path);
+    if (found) return <Further key={path} pattern={pattern} load={load} id={decodeURIComponent(found[1] ?? "")} />;
+  }
+  return null;
+}
+
+function Further({ pattern, load, id }: { pattern: RegExp; load: () => Promise<Page>; id: string }) {
+  const [error, setError] = useState<unknown>(null);
+  const [, setLoaded] = useState(false);
+  useEffect(() => {
+    if (loadedPages.has(pattern)) return;
+    load().then(
+      (page) => {
+        loadedPages.set(pattern, page);
+        setLoaded(true);
+      },
+      () => setError(new RequestError(0, "This page could not be loaded.", "The dashboard may have been updated: load the page again.")),
+    );
+  }, []);
+  const Page = loadedPages.get(pattern);
+  if (Page) return <Page id={id} />;
+  return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+}
+
+const EXPERIMENT_PAGES = [
+  ["", "overview"],
+  ["metrics", "metrics"],
+  ["runs", "runs"],
+] as const;
+
+/** Links to the pages of an experiment. */
+export function ExperimentNav({ id, current }: { id: string; current: (typeof EXPERIMENT_PAGES)[number][0] | null }) {
+  const base = `/e/${encodeURIComponent(id)}`;
+  return (
+    <nav aria-label="pages of the experiment">
+      {EXPERIMENT_PAGES.map(([path, label]) => (
+        <Link key={path} to={path ? `${base}/${path}` : base} class={path === current ? "current" : ""}>
+          {label}
+        </Link>
+      ))}
+    </nav>
+  );
+}
