@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -179,4 +178,24 @@ def test_a_delivery_that_fails_shows_its_error_and_the_fix_on_the_page_of_its_ru
     assert run["hooks"][0]["per_step"] == pytest.approx(0.0002)
     whole = views.run(store, run_id(store, "with hints-s0"))
     assert whole["receipt"]["complete"]
-    assert quote(whole["id"]) == whole["id"]
+
+
+# -- health
+
+
+def test_health_has_the_journals_whose_delivery_fails_first(store: Store) -> None:
+    health = views.health(store)
+    assert [each["run"]["name"] for each in health["journals"]] == ["baseline-s0", "with hints-s0"]
+    assert health["journals"][0]["experiment"]["name"] == QUIZ
+    assert health["database"]["events"] > SWEEP_RUNS
+    assert health["database"]["bytes"] > 0
+
+
+def test_the_page_of_health_is_for_browsers_and_programs_get_the_service_there(tab: Tab, server: PageServer) -> None:
+    tab.open(f"{server.url}/health", "document.querySelectorAll('.journal').length == 2")
+    assert "1 journal with a delivery that fails. 22 events still to be delivered" in tab.text(".answer")
+    assert DELIVERY_ERROR in tab.text(".journal.bad")
+    assert f"fix {DELIVERY_FIX}" in tab.text(".journal.bad")
+    assert "database" in tab.text(".facts")
+    assert tab.complaints == []
+    assert server.request("/health")["service"] == "evsys-bus-dashboard"

@@ -48,15 +48,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
           <span class="sign" aria-hidden="true">
             {receipt.complete ? "\u2713" : "!"}
           </span>
-          {receipt.complete
-            ? `receipt: all ${count(receipt.recorded)} events are delivered and confirmed`
-            : `receipt: of ${count(receipt.recorded)} events ${[
-                receipt.pending && `${count(receipt.pending)} are not delivered`,
-                receipt.owed && `${count(receipt.owed)} are not confirmed`,
-                receipt.dead && `${count(receipt.dead)} were rejected`,
-              ]
-                .filter(Boolean)
-                .join(", ")}`}
+          receipt: {deliveries.map(arrivedText).join("; ")}
         </p>
       )}
       {deliveries.length > 0 && (
@@ -85,6 +77,17 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
       {hooks.length > 0 && <Hooks hooks={hooks} />}
     </>
   );
+}
+
+/** What has become of the events for an adapter. */
+function arrivedText(row: Delivery): string {
+  const missing = [
+    row.pending && `${count(row.pending)} not delivered`,
+    row.owed && `${count(row.owed)} not confirmed`,
+    row.dead && `${count(row.dead)} rejected`,
+  ].filter(Boolean);
+  const all = `${count(row.recorded)} event${row.recorded === 1 ? "" : "s"}`;
+  return `${shortened(row.adapter, 80)} ${missing.length ? `lacks some of ${all}: ${missing.join(", ")}` : `has all ${all}`}`;
 }
 
 function DeliveryRow({ row }: { row: Delivery }) {
@@ -116,23 +119,25 @@ function DeliveryRow({ row }: { row: Delivery }) {
       {(row.last_error || row.suggested_fix) && (
         <tr class="why">
           <td colSpan={8}>
-            {row.last_error && <span class="error">{shortened(row.last_error, 600)}</span>}
-            {row.failing_since !== null && (
-              <span class="muted">
-                {" "}
-                since <Age since={row.failing_since} suffix="" />, {count(row.attempts)} attempts
-              </span>
-            )}
-            {row.suggested_fix && (
-              <div>
-                <span class="label">fix</span> {shortened(row.suggested_fix, 600)}
-              </div>
-            )}
-            {row.log && row.last_error && (
-              <div class="hint path">
-                <span class="label">log</span> {shortened(row.log, 300)}
-              </div>
-            )}
+            <div class="wrapped">
+              {row.last_error && <span class="error">{shortened(row.last_error, 600)}</span>}
+              {row.failing_since !== null && (
+                <span class="muted">
+                  {" "}
+                  since <Age since={row.failing_since} suffix="" />, {count(row.attempts)} attempts
+                </span>
+              )}
+              {row.suggested_fix && (
+                <div>
+                  <span class="label">fix</span> {shortened(row.suggested_fix, 600)}
+                </div>
+              )}
+              {row.log && row.last_error && (
+                <div class="hint path">
+                  <span class="label">log</span> {shortened(row.log, 300)}
+                </div>
+              )}
+            </div>
           </td>
         </tr>
       )}

@@ -121,6 +121,12 @@ export function csv(rows: (string | number | null)[][]): string {
   return rows.map((row) => row.map(cell).join(",") + "\n").join("");
 }
 
+/** A value of a config: numbers as they were written, but for the noise of binary fractions. */
+export function setting(value: unknown): string {
+  if (typeof value === "number") return String(Number(value.toPrecision(8))).replace("-", MINUS).replace("e+", "e").replace("e-", `e${MINUS}`);
+  return plain(value);
+}
+
 export function plain(value: unknown): string {
   if (typeof value === "number") return number(value);
   return shortened(typeof value === "string" ? value : JSON.stringify(value) ?? "", 120);

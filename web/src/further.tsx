@@ -14,6 +14,7 @@ type Page = ComponentType<PageProps>;
 const PAGES: [path: RegExp, load: () => Promise<Page>][] = [
   [/^\/e\/([^/]+)\/runs\/?$/, async () => (await import("./runs")).RunsPage],
   [/^\/r\/([^/]+)\/?$/, async () => (await import("./run")).RunPage],
+  [/^\/health\/?$/, async () => (await import("./health")).HealthPage],
 ];
 
 const loadedPages = new Map<RegExp, Page>();

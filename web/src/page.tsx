@@ -97,6 +97,7 @@ export function Page() {
         <Link to="/" class="brand">
           evsys-bus
         </Link>
+        <Link to="/health">health</Link>
         <Connection />
         <button title="light or dark ( d )" aria-label="light or dark" onClick={view.toggleTheme}>
           {"\u25d0"}

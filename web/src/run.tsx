@@ -5,7 +5,7 @@ import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
-import { bytes, count, counted, duration, number, plain, shortened } from "./format";
+import { bytes, count, counted, duration, number, setting, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
 import { Age, Failure, Link, Progress, StateWord } from "./parts";
 import type { Alert, Metric, State } from "./types";
@@ -328,7 +328,7 @@ function Values({ title, values, isOpen = false }: { title: string; values: Reco
         {entries.slice(0, 500).map(([key, value]) => (
           <div key={key}>
             <dt>{shortened(key, 120)}</dt>
-            <dd>{typeof value === "string" ? shortened(value, 400) : plain(value)}</dd>
+            <dd>{typeof value === "string" ? shortened(value, 400) : setting(value)}</dd>
           </div>
         ))}
       </dl>

@@ -4,7 +4,7 @@ import { Swatch } from "./arms";
 import { save } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
-import { count, csv, duration, number, plain, shortened } from "./format";
+import { count, csv, duration, number, setting as settingText, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
 import { Age, Failure, Link, StateWord } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
@@ -156,7 +156,7 @@ function columnsOf(runs: Runs, slots: Map<string, number>): Column<RunRow>[] {
         label: key,
         isNumber: runs.rows.every(({ config }) => !(key in config) || typeof config[key] === "number"),
         value: (row) => plainValue(row.config[key]),
-        text: (row) => (key in row.config ? plain(row.config[key]) : ""),
+        text: (row) => (key in row.config ? settingText(row.config[key]) : ""),
       }),
     ),
     ...runs.shown.flatMap(({ name, direction }, i): Column<RunRow>[] => [

@@ -4,11 +4,11 @@ import contextlib
 import time as clock
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 
-from evsys_adapters.common.hook_arguments import fields
+from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.details import JournalStatus
 from evsys_adapters.dashboard.evals import EvalRow
@@ -408,7 +408,7 @@ def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now:
         if each.kind == "delivery":
             deliveries.append(_delivery_row(each))
         else:
-            found = [fields(hook) for hook in cast("list[object]", each.body)] if isinstance(each.body, list) else []
+            found = map(fields, list_or_empty(each.body))
             hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, run)} for hook in found]
     hooks.sort(key=lambda each: -(each["per_step"] or 0.0))
     receipt = None
