@@ -1,27 +1,34 @@
 """The pages beside home and experiment: what they read of a store, and how they look in a browser."""
 
+import math
+import urllib.error
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from evsys_adapters.dashboard import views
+from evsys_adapters.dashboard import eval_views, views
 from evsys_adapters.dashboard.store import Store
 from support.browser import Tab, chromium
 from support.dashboard_details import (
     DELIVERY_ERROR,
     DELIVERY_FIX,
     MARKUP,
+    QUESTIONS,
     QUIZ,
     QUIZ_STEPS,
     SWEEP,
     SWEEP_RUNS,
     fill_details,
+    is_right,
 )
 from support.dashboard_pages import PageServer
 from support.dashboard_stores import open_store
+
+LOSS = '[aria-label="train/loss"] .drawn'
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +206,157 @@ def test_the_page_of_health_is_for_browsers_and_programs_get_the_service_there(t
     assert "database" in tab.text(".facts")
     assert tab.complaints == []
     assert server.request("/health")["service"] == "evsys-bus-dashboard"
+
+
+# -- evals
+
+
+def set_of(store: Store, run: str) -> int:
+    """The id of the eval with the predictions of a run."""
+    found = eval_views.evals(store, experiment_id(store, QUIZ))["sets"]
+    return next(each["id"] for each in found if each["run_name"] == run)
+
+
+def all_predictions(store: Store, id_: int, **conditions: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    after = None
+    while True:
+        page = eval_views.predictions(store, id_, after, conditions, limit=40)  # pyright: ignore[reportArgumentType] # by name
+        rows += page["rows"]
+        if page["next"] is None:
+            return rows
+        after = int(page["next"])
+
+
+def test_the_matrix_of_evals_compares_arms_by_the_result_after_training(store: Store) -> None:
+    found = eval_views.evals(store, experiment_id(store, QUIZ))
+    accuracy, length = found["rows"]
+    assert (found["arms"], accuracy["name"], accuracy["best"]) == (["baseline", "with hints"], "quiz/accuracy", 1)
+    right = [sum(is_right("baseline", seed, n) for n in range(QUESTIONS)) / QUESTIONS for seed in range(2)]
+    assert accuracy["cells"][0]["mean"] == pytest.approx(sum(right) / 2)
+    assert (length["direction"], length["best"]) == (None, None)
+
+
+def test_predictions_that_one_run_has_right_and_another_wrong_are_found_page_by_page(store: Store) -> None:
+    hinted, plain = set_of(store, "with hints-s0"), set_of(store, "baseline-s0")
+    assert len(all_predictions(store, hinted)) == QUESTIONS
+    found = all_predictions(store, hinted, min_reward=0.5, worse_in=plain)
+    expected = [n for n in range(QUESTIONS) if is_right("with hints", 0, n) and not is_right("baseline", 0, n)]
+    assert [each["task_id"] for each in found] == [f"q{n}" for n in expected]
+    assert len(all_predictions(store, hinted, text="what is 25 +")) == 1
+
+
+def test_a_prediction_stands_beside_those_of_the_other_runs_for_the_same_task(store: Store) -> None:
+    first = eval_views.predictions(store, set_of(store, "baseline-s0"), None, {})["rows"][0]
+    assert first["lengths"]["prediction"] > len(first["prediction"])
+    found = eval_views.prediction(store, int(first["id"]))
+    assert len(found["prediction"]["prediction"]) == first["lengths"]["prediction"]
+    assert [each["of"]["run_name"] for each in found["others"]] == ["baseline-s1", "with hints-s0"]
+    assert {each["task_id"] for each in found["others"]} == {"q0"}
+    with pytest.raises(LookupError):
+        eval_views.prediction(store, 1 << 60)
+
+
+def test_the_page_of_evals_finds_predictions_and_opens_one_as_its_url_has_them(
+    tab: Tab, server: PageServer, store: Store
+) -> None:
+    rows = "document.querySelectorAll('.answers tbody tr').length"
+    tab.open(f"{server.url}{server.path_of(QUIZ)}/evals", f"{rows} == 50")
+    assert "with hints" in tab.text(".matrix")
+    tab.page.get_by_label("A", exact=True).select_option(str(set_of(store, "with hints-s0")))
+    tab.page.get_by_label("which").select_option("A right, B wrong")
+    tab.until("document.querySelector('.answers')?.textContent.includes('Question 3:')")
+    tab.page.get_by_label("text in a prediction").fill("Question 21:")
+    tab.until(f"{rows} == 1")
+    tab.page.reload()
+    tab.until(f"{rows} == 1")
+    tab.page.locator(".answers button").click()
+    tab.until("document.querySelectorAll('.drawer article').length == 3")
+    assert tab.page.locator(".drawer mark").count() > 0
+    assert "row=" in tab.page.url
+    tab.page.keyboard.press("Escape")
+    tab.until("!document.querySelector('.drawer')")
+    assert tab.page.evaluate("document.images.length") == 0
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/predictions", 400),
+        ("/api/predictions?eval=x", 400),
+        ("/api/predictions?eval=1&filter=%5B%5D", 400),
+        ("/api/predictions?eval=99999999999999999999", 404),
+        ("/api/predictions?eval=123456", 404),
+        ("/api/predictions/99999999999999999999", 404),
+        ("/api/runs/none", 404),
+        ("/api/experiments/none/runs", 404),
+        ("/api/experiments/none/evals", 404),
+        ("/api/experiments/none/checkpoints", 404),
+    ],
+)
+def test_a_request_for_what_is_not_there_gets_a_clear_error(server: PageServer, path: str, status: int) -> None:
+    with pytest.raises(urllib.error.HTTPError) as failure:
+        server.request(path)
+    with failure.value as answer:
+        assert answer.code == status
+        assert msgspec.json.decode(answer.read())["error"]["fix"]
+
+
+# -- checkpoints
+
+
+def test_checkpoints_have_the_metrics_of_their_steps_and_what_is_known_of_their_upload(store: Store) -> None:
+    found = eval_views.checkpoints(store, experiment_id(store, QUIZ))
+    assert (found["total"], [each["name"] for each in found["shown"]]) == (16, ["quiz/accuracy", "train/loss"])
+    row = next(each for each in found["rows"] if (each["run_name"], each["step"]) == ("baseline-s0", 19))
+    right = sum(is_right("baseline", 0, n) for n in range(QUESTIONS)) / QUESTIONS
+    assert row["values"] == pytest.approx([right / 2, 2 * math.exp(-19 / 12)])
+    assert (row["upload"], row["bytes"], row["url"]) == (
+        "uploaded",
+        117,
+        "s3://bucket/baseline-s0/step-19/manifest.json",
+    )
+
+
+def test_the_page_of_checkpoints_is_sorted_by_a_metric(tab: Tab, server: PageServer) -> None:
+    tab.open(f"{server.url}{server.path_of(QUIZ)}/checkpoints", "document.querySelectorAll('tbody tr').length == 16")
+    assert "uploaded" in tab.text("tbody")
+    tab.page.get_by_role("button", name="quiz/accuracy").click()
+    assert tab.text("tbody tr").split()[:4] == ["with", "hints-s1", "step-39", "39"]
+    assert tab.complaints == []
+
+
+# -- several runs side by side
+
+
+def test_compared_runs_show_what_differs_in_their_configs_and_name_those_that_are_not_there(store: Store) -> None:
+    ids = [run_id(store, "baseline-s0"), run_id(store, "with hints-s0")]
+    found = views.compare(store, [*ids, ids[0], "gone"])
+    assert ([each["id"] for each in found["runs"]], found["unknown"]) == (ids, ["gone"])
+    assert found["config"] == [{"key": "hints", "values": [False, True]}]
+    assert found["same"] == 2
+    names = [each["name"] for each in found["metrics"]]
+    assert names == ["quiz/accuracy", "train/loss", "quiz/length", "train/lr"]
+    assert len(found["metrics"][0]["last"]) == 2
+    assert views.compare(store, [])["runs"] == []
+
+
+def test_runs_of_two_experiments_are_drawn_in_one_chart_on_a_telephone(
+    browser: Any, server: PageServer, store: Store
+) -> None:
+    sweep = views.runs(store, experiment_id(store, SWEEP), "arm:lr-7")["rows"][0]["id"]
+    ids = f"{run_id(store, 'baseline-s0')},{run_id(store, 'with hints-s0')},{sweep}"
+    tab = Tab(browser, 390, 800)
+    tab.open(f"{server.url}/c?r={ids}", "document.querySelectorAll('.card canvas').length >= 1")
+    assert tab.until(f"document.querySelector('{LOSS}')?.textContent") == "83 of 83 points"
+    assert [tab.text(f".legend button:nth-child({n})") for n in (1, 3)] == [
+        f"{QUIZ} · baseline-s0",
+        f"{SWEEP} · lr-7-s0",
+    ]
+    tab.page.get_by_role("button", name="leave out").nth(2).click()
+    tab.until(f"document.querySelector('{LOSS}')?.textContent == '80 of 80 points'")
+    assert tab.page.evaluate("new URLSearchParams(location.search).get('r')").count(",") == 1
+    assert not tab.is_wider_than_the_screen()
+    assert tab.complaints == []
+    tab.close()

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from evsys_adapters.checkpoints.events import CheckpointUploaded
 from evsys_bus import (
     Alert,
     ArmResult,
@@ -66,6 +67,9 @@ def fill_details(folder: Path) -> None:
             DeliveryChanged("evsys_logger", journal, late),
             DeliveryChanged("local_logger", "/runs/quiz/with hints-s0/journal", done),
             HookTimes(journal, 0, hooks),
+            CheckpointUploaded(
+                "baseline-s0", "step-19", 19, "s3://bucket/baseline-s0/step-19/manifest.json", 2, 117, 0.5
+            ),
         )
         _sweep(Delivery(store, "r9-sweep", start=time.time() - 90_000))
 

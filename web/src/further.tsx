@@ -13,6 +13,9 @@ type Page = ComponentType<PageProps>;
 
 const PAGES: [path: RegExp, load: () => Promise<Page>][] = [
   [/^\/e\/([^/]+)\/runs\/?$/, async () => (await import("./runs")).RunsPage],
+  [/^\/e\/([^/]+)\/evals\/?$/, async () => (await import("./evals")).EvalsPage],
+  [/^\/e\/([^/]+)\/checkpoints\/?$/, async () => (await import("./checkpoints")).CheckpointsPage],
+  [/^\/c\/?$/, async () => (await import("./compare")).ComparePage],
   [/^\/r\/([^/]+)\/?$/, async () => (await import("./run")).RunPage],
   [/^\/health\/?$/, async () => (await import("./health")).HealthPage],
 ];
@@ -50,6 +53,8 @@ const EXPERIMENT_PAGES = [
   ["", "overview"],
   ["metrics", "metrics"],
   ["runs", "runs"],
+  ["evals", "evals"],
+  ["checkpoints", "checkpoints"],
 ] as const;
 
 /** Links to the pages of an experiment. */

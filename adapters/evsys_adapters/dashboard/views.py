@@ -127,7 +127,7 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
         LookupError: There is no such experiment.
     """
     now = clock.time() if now is None else now
-    record = _experiment(store, public_id)
+    record = find_experiment(store, public_id)
     page = pages.experiment(store, public_id, now)
     assert page is not None
     directions: dict[str, Direction | None] = {each["name"]: each["direction"] for each in page["headlines"]}
@@ -246,22 +246,22 @@ def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -
     differing = differing_keys([RunFields(_recorded(record)) for record, _ in found]) if found else []
     values = [RunValues(record, store.series.names(record.id)) for record, _ in found]
     names = list(dict.fromkeys(name for each in values for name in each.series))
-    counts = {name: sum(name in each.series for each in values) for name in names}
-    names.sort(key=lambda name: (-counts[name], name.startswith(("system/", "epoch/")), name))
+    metrics: list[Json] = [
+        {
+            **_metric_row(name, [each.series[name] for each in values if name in each.series]),
+            "last": [_finite(each.last(name)) for each in values],
+            "best": [_finite(each.best(name, direction_of(name))) for each in values],
+        }
+        for name in names
+    ]
+    metrics.sort(key=_compared_order)
     return {
         "now": now,
         "unknown": unknown,
         "runs": [_run_head(record, experiment, now) for record, experiment in found],
         "config": [{"key": key, "values": [_short_value(config.get(key)) for config in configs]} for key in differing],
         "same": len({key for config in configs for key in config} - {*differing}),
-        "metrics": [
-            {
-                **_metric_row(name, [each.series[name] for each in values if name in each.series]),
-                "last": [_finite(each.last(name)) for each in values],
-                "best": [_finite(each.best(name, direction_of(name))) for each in values],
-            }
-            for name in names
-        ],
+        "metrics": metrics,
     }
 
 
@@ -312,7 +312,8 @@ def health(store: Store, now: float | None = None) -> Json:
     }
 
 
-def _experiment(store: Store, public_id: str) -> ExperimentRecord:
+def find_experiment(store: Store, public_id: str) -> ExperimentRecord:
+    """Return an experiment that is not in the trash. Raises LookupError if there is none of this id."""
     id_ = store.catalogue.experiment_id(public_id)
     record = None if id_ is None else store.catalogue.records.experiment(id_)
     if record is None or record.hidden is not None:
@@ -380,6 +381,12 @@ def _metric_row(name: str, infos: Sequence[SeriesInfo]) -> Json:
         "section": name.partition("/")[0] if "/" in name else "",
         "direction": direction_of(name),
     }
+
+
+def _compared_order(row: Json) -> tuple[object, ...]:
+    """Order metrics: those that all runs have and that decide first, constants last."""
+    is_apart = row["section"] in {"system", "epoch"}
+    return (row["constant"] is not None, -row["runs"], is_apart, row["direction"] is None, row["name"])
 
 
 def _eval_row(row: EvalRow) -> Json:

@@ -9,12 +9,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from evsys_adapters.dashboard import views
+from evsys_adapters.dashboard import eval_views, views
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import Store
 
 _MAX_FILTER_CHARS: Final = 2_000
+_MAX_ID: Final = (1 << 63) - 1
+"""The largest integer of a column."""
 
 
 _Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
@@ -46,6 +48,10 @@ class ViewRoutes:
         """Return all of them."""
         return [
             Route("/api/experiments/{id}/runs", self._runs),
+            Route("/api/experiments/{id}/evals", self._evals),
+            Route("/api/experiments/{id}/checkpoints", self._checkpoints),
+            Route("/api/predictions", self._predictions),
+            Route("/api/predictions/{id:int}", self._prediction),
             Route("/api/runs/{id}", self._run),
             Route("/api/compare", self._compare),
             Route("/api/health", self._health),
@@ -55,6 +61,29 @@ class ViewRoutes:
         query = request.query_params
         text, metrics = query.get("q", "")[:_MAX_FILTER_CHARS], query.getlist("metric")
         return await self._answer(request, lambda store: views.runs(store, request.path_params["id"], text, metrics))
+
+    async def _evals(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: eval_views.evals(store, request.path_params["id"]))
+
+    async def _checkpoints(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: eval_views.checkpoints(store, request.path_params["id"]))
+
+    async def _predictions(self, request: Request) -> Response:
+        query = request.query_params
+        try:
+            id_, after = int(query.get("eval", "")), int(query["after"]) if query.get("after") else None
+            conditions = eval_views.decode_filter(query.get("filter", ""))
+        except ValueError as error:
+            raise AnswerError(400, "query", str(error), fix="send ?eval=ID&after=ID&filter={…}") from error
+        if max(abs(id_), abs(after or 0)) > _MAX_ID:
+            raise AnswerError(404, "id", "no such eval", fix="load the page again")
+        return await self._answer(request, lambda store: eval_views.predictions(store, id_, after, conditions))
+
+    async def _prediction(self, request: Request) -> Response:
+        id_: int = request.path_params["id"]
+        if id_ > _MAX_ID:
+            raise AnswerError(404, "id", "no such prediction", fix="load the page again")
+        return await self._answer(request, lambda store: eval_views.prediction(store, id_))
 
     async def _run(self, request: Request) -> Response:
         return await self._answer(request, lambda store: views.run(store, request.path_params["id"]))
