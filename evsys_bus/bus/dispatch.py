@@ -290,7 +290,10 @@ def _generate_source(
         call = f"check{index}(h{index}({arguments}))" if checks else f"h{index}({arguments})"
         lines = [f"try: {call}", f"except BaseException as error: failed({index}, error)"]
         calls += lines
-        timed_calls += [*lines, f"t{index + 1} = clock()"]
+        timed_calls += [
+            *(*lines, f"try: t{index + 1} = clock()"),
+            f"except BaseException as error: t{index + 1} = t{index}; failed({index}, error)",  # Ctrl-C: go on
+        ]
     prepare = list(unpack_lines)
     step = step_field(event_type)
     if step is not None:  # the one user value that must be exact, because files are keyed by it

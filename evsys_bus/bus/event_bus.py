@@ -30,7 +30,7 @@ from evsys_bus.bus.lifecycle import (
     validate_seconds,
 )
 from evsys_bus.bus.publisher import Publisher
-from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
+from evsys_bus.bus.recorder import EventRecorder, NextParts, rank_from_environment
 from evsys_bus.bus.watchdog import Watchdog
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
 from evsys_bus.codec.redact import Redaction, set_redaction
@@ -135,6 +135,7 @@ class EventBus:
             "_journal",
             "_lifecycle",
             "_loop_thread",
+            "_next_parts",
             "_open_runs",
             "_publisher",
             "_rank",
@@ -224,8 +225,8 @@ class EventBus:
 
     def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
         """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
-        next_parts = self._publisher.next_parts if type(self).publish is EventBus.publish else {}
-        next_parts[id(row)] = next_part
+        next_parts = self._next_parts
+        next_parts[id(row)] = row, next_part
         try:
             self.publish(row)
         finally:
@@ -236,6 +237,11 @@ class EventBus:
     def record(self, event: Event) -> None:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
         self._publisher.record(event)
+
+    @property
+    def journal_writer(self) -> JournalWriter | None:
+        """What writes the journal; None if nothing is recorded."""
+        return None if self._recorder is None else self._recorder.writer
 
     @property
     def redaction(self) -> Redaction:
@@ -610,10 +616,12 @@ class EventBus:
 
     # -- what the components need -------------------------------------------------------------------------------------
 
-    def _set_publish(self, publish: Callable[[Event], None]) -> None:
-        self._compiled_publish = publish
+    def _set_publish(self, publish: Callable[[Event], None], next_parts: NextParts) -> None:
+        self._compiled_publish, self._next_parts = publish, next_parts
         if type(self).publish is EventBus.publish:  # not overridden: spare each event the frame of the method
             self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # a function where a method was
+        else:
+            self._next_parts = {}  # each part is passed to the override
 
     def _before_event(self, event: Event) -> None:
         self._bare_tasks.adopt_on_running_loop()  # this thread may run a new event loop

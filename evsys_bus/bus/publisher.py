@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.dispatch import FILENAME_PREFIX, DispatchFunction, DispatchRegistry, HookStats
-from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder
+from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder, NextParts
 from evsys_bus.bus.token_recovery import StackReader, TokenRecovery
 from evsys_bus.bus.watchdog import BlockedHook, HookCall
 from evsys_bus.callback import check_hooks, find_hook, isolate
@@ -63,7 +63,7 @@ class Publisher:
         callbacks: In the order of the calls.
         faults: Logs failures of hooks and dropped events.
         patience_seconds: How long a publish waits for that of another thread.
-        set_publish: Called with the compiled `publish` whenever it changes.
+        set_publish: Called with the compiled `publish` and `EventRecorder.next_parts` whenever they change.
         before_event: Called with each event that is not a hot one, before its hooks.
     """
 
@@ -73,7 +73,7 @@ class Publisher:
         faults: FaultLog,
         *,
         patience_seconds: float,
-        set_publish: Callable[[Callable[[Event], None]], None],
+        set_publish: Callable[[Callable[[Event], None], NextParts], None],
         before_event: Callable[[Event], None],
     ) -> None:
         for callback in callbacks:
@@ -106,8 +106,6 @@ class Publisher:
         self._token_recovery = TokenRecovery(
             self._tokens, self._stack_reader.find_holders, lambda: sum(self.dispatches.published_counts().values())
         )
-        self.next_parts: dict[int, Metrics] = {}
-        """That of the recorder while no callback has a hook for parts, else one that nothing takes parts from."""
         self._recompile()
         _publishers.add(self)
 
@@ -188,8 +186,8 @@ class Publisher:
         def record_now() -> None:
             self._record_now(event, time.time())
 
-        if self.recorder is not None and self.state == "open":
-            self._with_token(record_now)
+        if self.recorder is not None and self.state == "open" and not self._with_token(record_now):
+            self._queue.append(record_now)
 
     def _record_after_close(self, event: Event, published: float) -> None:
         """Record for a publish that was inside a hook when the bus was closed."""
@@ -432,10 +430,11 @@ class Publisher:
         if not is_open:
             self.dispatches.retire_all()
         has_part_hooks = any(find_hook(each, Metrics) is not None for each in self.callbacks)
-        self.next_parts = {} if self.recorder is None or has_part_hooks else self.recorder.next_parts
+        # With hooks for parts, a mapping that nothing takes parts from.
+        next_parts: NextParts = {} if self.recorder is None or has_part_hooks else self.recorder.next_parts
         if is_open:  # compile events of the end of a run now: it may end because of a lack of memory
             self.dispatches.dispatch_of.update({each: self._compile_dispatch(each) for each in RECORDED_BEFORE_HOOKS})
-        self._set_publish(compiled.publish)
+        self._set_publish(compiled.publish, next_parts)
 
     def _template_globals(self, event_type: type[Event]) -> dict[str, Any]:
         """Return what the compiled code needs from this object."""

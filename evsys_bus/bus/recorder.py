@@ -63,6 +63,8 @@ _RANK_VARIABLES: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_R
 """Environment variables for the rank set by launchers: torchrun, Slurm, Open MPI, MPICH."""
 
 
+NextParts = dict[int, tuple[Event, Metrics]]
+"""By ``id``, a StepEnd that is being published and the part to be recorded with it by one write."""
 _RunKeyFunction = Callable[[Event], str | None]
 """Returns the run key of an event."""
 _AppendFunction = Callable[[Event, str | None, bytes], None]
@@ -85,8 +87,8 @@ class EventRecorder:
         """Runs with a RunStart: run key and directory of the experiment."""
         self._recorded_contexts: set[tuple[str | None, str]] = set()
         """Runs whose context is recorded, likewise."""
-        self.next_parts: Final[dict[int, Metrics]] = {}
-        """By ``id`` of a StepEnd that is being published: the part to be recorded with it, by the same write."""
+        self.next_parts: Final[NextParts] = {}
+        """An interrupt may leave one here; as it holds its event, no other event gets that ``id``."""
         self._last_part: Final = LastPart()
         self.joined_parts = 0
         """How many parts were recorded in this way."""
@@ -207,20 +209,22 @@ class EventRecorder:
         append_pair = self.writer.make_pair_appender(encode_event, make_encoder(Metrics))
 
         def record(event: Event, now: float) -> None:
+            pair = next_parts.pop(id(event), None) if next_parts else None
             try:
-                part = next_parts.get(id(event)) if next_parts else None
-                if part is None:
+                if pair is None:
                     append(event, now)
                 else:
-                    append_pair(event, part, now)
+                    append_pair(event, pair[1], now)
                     self.joined_parts += 1
-                    next_parts.pop(id(event), None)
+                    pair = None
             except UnrecordedError as error:  # only if the journal is configured to raise
                 raise_later(error)
             except MemoryError as error:
                 self._record_truncated(self._append_plain, event, now, get_run_key(event), error)
             except RunContextNeeded:
                 self._record_with(get_run_key, self._append_essential, event, now)
+            if pair is not None:
+                next_parts[id(event)] = pair  # it was not recorded: it is published by itself
 
         return record
 

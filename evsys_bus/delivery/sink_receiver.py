@@ -257,6 +257,7 @@ class SinkReceiver:
     async def deliver(self, batch: Sequence[Envelope | RawRecord], sizes: Sequence[int]) -> BatchResult:
         """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
         self._returned = []
+        self.max_seconds = max(0.0, self._sink.max_batch_seconds)  # the sink may change it while it is open
         while True:
             limit = 1 if self._is_breaker_open() else self._batch_limit
             part = tuple(batch[: max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))])

@@ -25,6 +25,9 @@ EVERY_SECONDS: Final = 5.0
 """The time between two records of an adapter whose state has changed, at least; also before the first one."""
 COUNTS_SECONDS: Final = 30.0
 """The same where nothing but counts has changed, as all the time during a training."""
+MAX_AGE_SHARE: Final = 0.002
+"""Both grow with the age of the process, so that a month of training adds few records: counts are at most this share of
+it old."""
 _WORKING: Final = frozenset({None, "delivering", "idle"})
 """States that alternate while all is well."""
 _UNCOUNTED: Final = DeliveryStatus()
@@ -102,7 +105,8 @@ class StatusRecorder:
         self._every_seconds: Final = every_seconds
         self._counts_seconds: Final = counts_seconds
         self._monotonic: Final = monotonic
-        self._due = monotonic() + every_seconds
+        self._started = monotonic()
+        self._due = self._started + every_seconds
         self._recorded: Final[dict[str, _Recorded]] = {}
         self._hook_times: HookTimesRecord | None = None
         self._hook_times_due = 0.0
@@ -118,17 +122,19 @@ class StatusRecorder:
         now = self._monotonic()
         if now < self._due and not (final and self._recorded):
             return
-        self._due = now + self._every_seconds
+        factor = max(1.0, MAX_AGE_SHARE * (now - self._started) / self._counts_seconds)
+        self._due = now + factor * self._every_seconds
+        counts_seconds = factor * self._counts_seconds
         try:
             for each in couriers:
-                self._record_status(each, now, final=final)
+                self._record_status(each, now, counts_seconds, final=final)
             if now >= self._hook_times_due or final:
-                self._hook_times_due = now + self._counts_seconds
+                self._hook_times_due = now + counts_seconds
                 self._record_hook_times()
         except Exception as error:  # isolation: the disk may fail in any way, and deliveries must continue
             self._faults.warn("courier.status_not_recorded", self._directory, error=error)
 
-    def _record_status(self, courier: ObservedCourier, now: float, *, final: bool) -> None:
+    def _record_status(self, courier: ObservedCourier, now: float, counts_seconds: float, *, final: bool) -> None:
         state = _comparable(courier.last_status)
         if state is None:
             return
@@ -136,7 +142,7 @@ class StatusRecorder:
         if recorded is not None and recorded.state == state and not final:
             # An adapter that is stuck handles nothing, while more and more is pending.
             may_differ = handled != recorded.handled or state.state is not None
-            if not may_differ or now - recorded.at < self._counts_seconds:
+            if not may_differ or now - recorded.at < counts_seconds:
                 return
         counts = courier.counts
         status = msgspec.structs.replace(

@@ -1,78 +1,162 @@
 """Rows of metrics that are logged in parts: each part is recorded at once, the whole row once it is complete."""
 
+import inspect
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from threading import get_ident
 from typing import Any, Final, cast
+
+import msgspec
 
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
 from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import EvsysBusError, TrainingError
-from evsys_bus.events import Envelope, StepEnd
-from evsys_bus.journal import JournalReader, OsDisk, layout
+from evsys_bus.events import Envelope, Metrics, StepEnd, event_tag
+from evsys_bus.journal import JournalReader, JournalWriter, OsDisk, layout
+from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 MAX_PARTS: Final = 1_024
 """Parts of one row, after which it counts as complete; further parts of the same step are a row of their own."""
-_RECENT_EVENTS: Final = 16
+_STEP_END: Final = event_tag(StepEnd).encode()
+NO_BATCH: Final = TrainingBatch()
 Row = dict[str, Any]
-Rows = tuple[tuple[int, Row], ...]
-"""Steps and their metrics."""
 
 
-class OpenRow:
-    """The row of a run that is not complete yet. May be used from any thread."""
+class LoggedRow(msgspec.Struct, eq=False):
+    """A row that was logged and is not known to be published yet."""
+
+    step: int
+    metrics: Row
+    sequence: int
+    """The next one of the journal when the row began; it is on record behind it, or not at all."""
+    parts: int = 1
+    is_complete: bool = False
+    thread: int = 0
+    """Which has completed it, and publishes it."""
+    is_called: bool = False
+    """Whether its hooks were called, the first of them at least."""
+
+
+class UnpublishedRows:
+    """The rows of a run, in order, until they are published. The last may be open: not complete yet.
+
+    May be used from any thread. Ctrl-C may come between any two statements: the list is right after each of them, and a
+    row leaves it only after it was published. So one that is left in it may be on record.
+    """
 
     def __init__(self) -> None:
-        self.step: int | None = None
-        """The step of the row; None if there is no open row."""
-        self._metrics: Row = {}
-        self._parts = 0
-        self.unpublished: Final[list[tuple[int, Row]]] = []
-        """Complete rows that were returned; remove the first once one is published. Ctrl-C may come in between."""
+        self.writer: JournalWriter | None = None
+        """That of the journal on which the rows are recorded."""
+        self._rows: Final[list[LoggedRow]] = []
         self._lock: Final = threading.RLock()  # a signal handler may log, too
 
-    def add(self, step: int, part: Row, *, commit: bool) -> tuple[Rows, bool]:
-        """Add a part; return the rows that are complete now, as steps and metrics, and whether the part is in them.
+    def open_row(self) -> LoggedRow | None:
+        """Return the row that is not complete yet."""
+        rows = self._rows
+        return rows[-1] if rows and not rows[-1].is_complete else None
+
+    def add(self, step: int, part: Row, *, commit: bool, after_left: bool = False) -> tuple[LoggedRow, ...] | None:
+        """Add a part; return the rows that are complete by it, the one of the part itself last.
 
         A part of an earlier step than that of the open row is a row of its own: receivers merge rows of one step.
+
+        Returns None without adding anything if there are complete rows, see `left`, unless with ``after_left``.
         """
         with self._lock:
-            open_step = self.step
-            if open_step == step:
-                self._metrics.update(part)
-                self._parts += 1
-                if not commit and self._parts < MAX_PARTS:
-                    return (), False
-                self.step, commit, complete = None, True, ((step, self._metrics),)
-            elif open_step is not None and step < open_step:
-                commit, complete = True, ((step, part),)
-            elif commit:
-                self.step = None
-                complete = ((step, part),) if open_step is None else ((open_step, self._metrics), (step, part))
-            else:
-                complete = () if open_step is None else ((open_step, self._metrics),)
-                # A copy, because the part is published too: its event must not change when the next part is added.
-                self.step, self._metrics, self._parts = step, {**part}, 1
-            self.unpublished.extend(complete)
-        return complete, commit
+            rows = self._rows
+            open_row = rows[-1] if rows else None
+            if open_row is not None and (open_row.is_complete or open_row is not rows[0]):
+                if not after_left:
+                    return None
+                if open_row.is_complete:
+                    open_row = None
+            complete: tuple[LoggedRow, ...] = ()
+            if open_row is not None and open_row.step <= step:
+                is_same_row = open_row.step == step
+                if is_same_row:
+                    open_row.metrics.update(part)
+                    open_row.parts += 1
+                    if not commit and open_row.parts < MAX_PARTS:
+                        return ()
+                open_row.thread = get_ident()
+                open_row.is_complete = True
+                complete, open_row = (open_row,), None
+                if is_same_row:
+                    return complete
+            writer = self.writer
+            sequence = 0 if writer is None else writer.next_sequence
+            if open_row is None and not commit:
+                rows.append(LoggedRow(step, {**part}, sequence))  # a copy, because the part is published too
+                return complete
+            row = LoggedRow(step, part, sequence, 1, True, get_ident())
+            rows.insert(len(rows) if open_row is None else len(rows) - 1, row)
+        return (*complete, row)
 
-    def take_all(self) -> list[tuple[int, Row]]:
-        """Return the rows that an interrupt has left unpublished, and the open row, which is complete now."""
-        self.take()
-        return [*self.unpublished]
-
-    def take(self) -> Rows:
-        """Return the open row, which is complete now, or nothing."""
+    def take(self) -> tuple[LoggedRow, ...]:
+        """Return the open row, which is complete now, or nothing; remove it once it is published."""
         with self._lock:
-            if self.step is None:
+            row = self.open_row()
+            if row is None:
                 return ()
-            complete = ((self.step, self._metrics),)
-            self.step = None
-            self.unpublished.extend(complete)
-        return complete
+            row.thread = get_ident()
+            row.is_complete = True
+        return (row,)
+
+    def merge_open_row(self, metrics: Row) -> None:
+        """Add the open row to metrics of the same step that are published; their own values win."""
+        with self._lock:
+            row = self.open_row()
+            if row is not None:
+                metrics.update({**row.metrics, **metrics})
+                self.remove(row)
+
+    def are_left(self) -> bool:
+        """Return whether there are complete rows: left by an interrupt, or being published further up or elsewhere."""
+        rows = self._rows
+        return len(rows) > 1 or (len(rows) == 1 and rows[0].is_complete)
+
+    def left(self, *, of_all_threads: bool = False) -> list[LoggedRow]:
+        """Return the complete rows that this thread publishes, or those of all threads."""
+        thread = get_ident()
+        return [each for each in tuple(self._rows) if each.is_complete and (of_all_threads or each.thread == thread)]
+
+    def is_on_record(self, row: LoggedRow, run: str) -> bool:
+        """Return whether a row of this run whose publish was interrupted is on record."""
+        if self.writer is None:
+            return False
+        with suppress(OSError, EvsysBusError):
+            for record in JournalReader(self.writer.directory).read(self.writer.stream, row.sequence - 1):
+                if _STEP_END not in record.payload:
+                    continue
+                envelope = decode(record.payload)
+                event = envelope.event
+                if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == row.step:
+                    metrics: Any = event.metrics
+                    if row.metrics.keys() <= metrics.keys():
+                        return True
+        return False
+
+    def find(self, metrics: Row) -> LoggedRow | None:
+        """Return the row with this very dict."""
+        return next((each for each in tuple(self._rows) if each.metrics is metrics), None)
+
+    def keep(self, row: LoggedRow) -> None:
+        """Have a complete row in the list although it may have been removed already."""
+        with self._lock:
+            if row not in self._rows:
+                self._rows.insert(0, row)
+
+    def remove(self, row: LoggedRow) -> None:
+        """Remove a row that was published."""
+        try:  # `suppress` is slow
+            self._rows.remove(row)
+        except ValueError:
+            pass  # a signal handler that logs has removed it
 
 
 def to_row(metrics: Any) -> Row:
@@ -86,20 +170,6 @@ def to_row(metrics: Any) -> Row:
     raise TrainingError(
         f"the metrics are {metrics!r:.80}, which is no mapping", fix='give numbers by name: run.log({"loss": 0.5})'
     )
-
-
-def is_recorded(bus: EventBus, run: str, step: int) -> bool:
-    """Return whether the row of a step is among the last events on record, after a publish that was interrupted."""
-    journal = bus.health().journal
-    if journal is None:
-        return True  # nothing is recorded, and most of its hooks were called
-    with suppress(OSError, EvsysBusError):
-        for record in JournalReader(journal.directory).read(journal.stream, max(0, journal.recorded - _RECENT_EVENTS)):
-            envelope = decode(record.payload)
-            event = envelope.event
-            if isinstance(event, StepEnd) and envelope.run == run and event.step_idx == step:
-                return True
-    return False
 
 
 def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
@@ -121,30 +191,122 @@ _STREAMS_READ: Final = 2
 
 
 class RowMerger:
-    """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
+    """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks.
+
+    And marks the rows that the run itself publishes: from then on their hooks are called.
+    """
 
     def __init__(self, publish: Callable[[StepEnd], None]) -> None:
         self._publish: Final = publish
-        self.rows: Final[dict[str, OpenRow]] = {}
-        """The open row of each run, by run key."""
-        self.last_row: Row | None = None
-        """The metrics of the last `StepEnd` whose hooks were called."""
-        self.own_row: Row | None = None
-        """The metrics of a row that is complete: that of a `StepEnd` which the run itself publishes."""
+        self.rows: Final[dict[str, UnpublishedRows]] = {}
+        """The rows of each run, by run key."""
+        self.own_row = LoggedRow(0, {}, 0)
+        """The row that a run publishes now."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: object, metrics: Row) -> None:  # noqa: ARG002 # a hook
-        """Merge; values of the event itself win."""
-        self.last_row = metrics
-        if metrics is self.own_row:
+        """Mark, or merge; values of the event itself win."""
+        own_row = self.own_row
+        if own_row.metrics is metrics:
+            own_row.is_called = True
             return
-        row = self.rows.get(getattr(state, "run_key", ""))
-        if row is None or row.step is None or row.step > step_idx:
+        rows = self.rows.get(getattr(state, "run_key", ""))
+        if rows is None:
             return
-        taken = row.take()
-        del row.unpublished[:1]
-        for step, parts in taken:
-            if step != step_idx:  # of an earlier step, whose row was published before its last parts
-                self._publish(StepEnd(state, step, TrainingBatch(), parts))
-                return
-            for name, value in parts.items():
-                metrics.setdefault(name, value)
+        row = rows.find(metrics)
+        if row is not None:  # another thread publishes a row, too
+            row.is_called = True
+            return
+        row = rows.open_row()
+        if row is None or row.step > step_idx:
+            return
+        if row.step == step_idx:
+            rows.merge_open_row(metrics)
+            return
+        for each in rows.take():  # of an earlier step, whose row was published before its last parts
+            self._publish(StepEnd(state, each.step, TrainingBatch(), each.metrics))
+            rows.remove(each)
+
+
+def was_first_hook_interrupted(error: BaseException) -> bool:
+    """Return whether this was raised in the hook of `RowMerger`, before it could mark a row; the others were called."""
+    code = RowMerger.on_step_end.__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+class RowPublisher:
+    """Publishes the rows of a run. Ctrl-C may come between any two statements; the next call completes what it left."""
+
+    def __init__(self, bus: EventBus, state: LoopState, rows: UnpublishedRows) -> None:
+        self._bus: Final = bus
+        self._state: Final = state
+        self._rows: Final = rows
+        self._merger = RowMerger(bus.publish)
+        self.is_attached = False
+        self.last_metrics: Row = {}
+        """Those of the newest row."""
+
+    def attach(self) -> None:
+        """Have rows of this bus looked at before other hooks see them; see `RowMerger`."""
+        bus = self._bus
+        if bus.row_merger is None:
+            bus.add_first(self._merger)
+            bus.row_merger = self._merger
+        self._merger = bus.row_merger
+        self._merger.rows[self._state.run_key] = self._rows
+        self._rows.writer = bus.journal_writer
+        self.is_attached = True
+
+    def publish_open(self) -> None:
+        """Publish the open row, which is complete."""
+        if self._rows.are_left():
+            self.publish_left()
+        for row in self._rows.take():
+            self.publish(row)
+
+    def publish(self, row: LoggedRow, next_part: Metrics | None = None) -> None:
+        """Publish a complete row and then, if given, the first part of the next one."""
+        if row.is_called:  # a signal handler that logs has published it
+            if next_part is not None:
+                self._bus.publish(next_part)
+            return
+        self.last_metrics = metrics = row.metrics
+        event = StepEnd(self._state, row.step, NO_BATCH, metrics)
+        self._merger.own_row = row
+        try:
+            if next_part is None:
+                self._bus.publish(event)
+            else:
+                self._bus.publish_row(event, next_part)
+            self._rows.remove(row)
+        except BaseException as error:  # raised again; the row is left, see `publish_left`
+            row.is_called = row.is_called or was_first_hook_interrupted(error)
+            self._rows.keep(row)
+            raise
+
+    def publish_left(
+        self, step: int | None = None, part: Mapping[str, Any] | None = None, *, of_all_threads: bool = False
+    ) -> bool:
+        """Publish the rows that an interrupt has left; return whether they have this part of a step, or have it now."""
+        if self._is_publishing():
+            return False
+        has_part = False
+        for row in self._rows.left(of_all_threads=of_all_threads):
+            is_on_record = self._rows.is_on_record(row, self._state.run_key)
+            if is_on_record or row.is_called:
+                # The call that was interrupted is repeated, after its row was published.
+                has_part = has_part or (part is not None and row.step == step and part.items() <= row.metrics.items())
+                if not is_on_record:
+                    self._bus.record(StepEnd(self._state, row.step, NO_BATCH, row.metrics))
+                self._rows.remove(row)
+            else:
+                if part is not None and row.step == step:
+                    row.metrics.update(part)
+                    has_part = True
+                self.publish(row)
+        return has_part
+
+    def _is_publishing(self) -> bool:
+        """Return whether this was called by a hook, or by a signal handler, while this thread publishes."""
+        publishing = RowPublisher.publish.__code__, RowPublisher.publish_left.__code__
+        stack = [frame.f_code for frame, _ in traceback.walk_stack(inspect.currentframe())]
+        return any(each in publishing or each.co_filename.startswith(HOOK_FILENAME_PREFIX) for each in stack[2:])

@@ -26,7 +26,6 @@ from evsys_bus.context import (
     ManifestRow,
     RunResult,
     Status,
-    TrainingBatch,
     to_int,
 )
 from evsys_bus.diagnostics import FaultLog, log
@@ -51,13 +50,13 @@ from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, find_open, open_runs, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
-from evsys_bus.front.rows import OpenRow, Row, RowMerger, is_recorded, rows_left_open, to_row
+from evsys_bus.front.rows import NO_BATCH, Row, RowPublisher, UnpublishedRows, rows_left_open, to_row
 from evsys_bus.run_files import OUTPUT_FILE, RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
 _MAX_STEP: Final = (1 << 63) - 1
+_MIN_STEP: Final = -_MAX_STEP
 _TEXT: Final = frozenset({str})
-_NO_BATCH: Final = TrainingBatch()
 _ENVIRONMENT_SECONDS: Final = 2.0
 _EXIT_WAIT_SECONDS: Final = 0.5
 """How long leaving waits for the environment of a run that was shorter than its collection."""
@@ -109,9 +108,8 @@ class Run(ContentLogger):
         self._was_entered = False
         self._manifest: Final = RowFile(self.path / MANIFEST)
         self._checkpoints: Final[list[ManifestRow]] = []
-        self._row: Final = OpenRow()
-        self._row_merger: RowMerger | None = None
-        self._last_metrics: Row = {}
+        self._rows: Final = UnpublishedRows()
+        self._row_publisher: Final = RowPublisher(bus, state, self._rows)
         self._next_step = 0
         self._loop_step: int | None = None
         self._first_loop_step: int | None = None
@@ -122,7 +120,9 @@ class Run(ContentLogger):
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
-    def log(self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False) -> None:
+    def log(  # noqa: C901 - calls are slow
+        self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False
+    ) -> None:
         """Log metrics of a step; may be called several times for one step, and adds to its row each time.
 
         The row is complete, and reaches the callbacks, with ``commit=True``, when a later step comes, or at the end.
@@ -138,24 +138,29 @@ class Run(ContentLogger):
             part: Row = {**metrics}
         except TypeError:  # not a mapping, or with keys that are no texts
             part = to_row(metrics)
-        if type(step) is not int or not -_MAX_STEP <= step <= _MAX_STEP:
+        if type(step) is not int or not _MIN_STEP <= step <= _MAX_STEP:
             step, commit = self._find_step(step, commit=commit)
         if step >= self._next_step:
             self._next_step = step + 1
         has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
         if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
-        complete, is_complete = self._row.add(step, part, commit=commit)
-        if is_complete:
-            self._publish_rows(complete)
-            return
-        if self._row_merger is None:
-            self._merge_rows_of_others()
-        event = Metrics(self.state, step, part)
+        publisher = self._row_publisher
+        if not publisher.is_attached:
+            publisher.attach()
+        complete = self._rows.add(step, part, commit=commit)
+        if complete is None:
+            if publisher.publish_left(step, part):
+                return
+            complete = self._rows.add(step, part, commit=commit, after_left=True)
         if not complete:
-            self.bus.publish(event)
-        for row_step, row in complete:  # before the part, so that a run has one open row on record at most
-            self._publish_row(row_step, row, event)
+            self.bus.publish(Metrics(self.state, step, part))
+            return
+        row = complete[-1]
+        if len(complete) > 1:
+            publisher.publish(complete[0])
+        # Before the part, so that a run has one open row on record at most.
+        publisher.publish(row, None if row.step == step else Metrics(self.state, step, part))
 
     def eval(self, name: str, metrics: Mapping[str, Any], *, step: int | None = None) -> None:
         """Log the result of an evaluation."""
@@ -187,7 +192,7 @@ class Run(ContentLogger):
             del fields["stopped"]
             self._manifest.append(fields)
             self._checkpoints.append(row)
-            self._publish_rows(self._row.take())
+            self._row_publisher.publish_open()
             self.bus.publish(Checkpoint(self.state, row))
         return row
 
@@ -237,7 +242,7 @@ class Run(ContentLogger):
                 self.state.step = self._loop_step = step
                 self._first_loop_step = step + 1
                 yield step
-                self._publish_rows(self._row.take())
+                self._row_publisher.publish_open()
         finally:
             self._loop_step = None
 
@@ -377,7 +382,7 @@ class Run(ContentLogger):
             with activated(self):
                 yield self
         finally:
-            self._publish_rows(self._row.take())
+            self._row_publisher.publish_open()
             self.is_open = False
             remove_open(self)
 
@@ -404,7 +409,7 @@ class Run(ContentLogger):
         if self._is_continued and journal is not None:
             for each in rows_left_open(journal.directory, self.bus.rank, self.name):
                 row: Any = each.event
-                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, _NO_BATCH, row.metrics)
+                dispatch(self.bus.callbacks, StepEnd.hook, self.state, row.step_idx, NO_BATCH, row.metrics)
 
     def _save_start(self) -> None:
         started_at = self._file.started_at or now()
@@ -435,7 +440,8 @@ class Run(ContentLogger):
             return
         self._is_ending = True
         try:
-            self._publish_rows(self._row.take_all())
+            self._row_publisher.publish_open()
+            self._row_publisher.publish_left(of_all_threads=True)
             self._join_background()
             self.state.error = error
             self._manifest.flush()
@@ -452,10 +458,10 @@ class Run(ContentLogger):
             str(self.path), str(self._manifest.path), self._checkpoints, self.state.num_steps or self._next_step
         )
         self.bus.publish(TrainEnd(self.state, artifacts))
-        self._publish_rows(self._row.take())  # which hooks of the end have logged
+        self._row_publisher.publish_open()  # which hooks of the end have logged
         result = RunResult(
             status=status,
-            metrics=self._last_metrics,
+            metrics=self._row_publisher.last_metrics,
             artifacts=artifacts,
             error=None if error is None else error_text(error),
             implied=implied,
@@ -464,7 +470,7 @@ class Run(ContentLogger):
             name=self.ctx.group_name or self.name,
             run_config=self.ctx.run_config,
             status=status,
-            metrics=self._last_metrics,
+            metrics=self._row_publisher.last_metrics,
             error=result.error,
             run_result=result,
         )
@@ -501,39 +507,6 @@ class Run(ContentLogger):
     def _publish(self, event: Event) -> None:
         if self._is_usable():
             self.bus.publish(event)
-
-    def _publish_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
-        for step, metrics in rows:
-            self._publish_row(step, metrics)
-
-    def _publish_row(self, step: int, row: Row, next_part: Metrics | None = None) -> None:
-        self._last_metrics = row
-        event = StepEnd(self.state, step, _NO_BATCH, row)
-        merger = self._row_merger
-        if merger is not None:
-            merger.own_row = row
-        try:
-            if next_part is None:
-                self.bus.publish(event)
-            else:
-                self.bus.publish_row(event, next_part)
-        except BaseException:
-            if merger is not None and merger.last_row is not row:
-                raise  # Ctrl-C before the first hook: the row is published at the end of the run
-            del self._row.unpublished[:1]
-            if merger is not None and not is_recorded(self.bus, self.name, step):
-                self.bus.record(event)
-            raise
-        del self._row.unpublished[:1]
-
-    def _merge_rows_of_others(self) -> None:
-        """Have the open row added to a StepEnd that another part of the program publishes."""
-        merger = self.bus.row_merger
-        if merger is None:
-            merger = self.bus.row_merger = RowMerger(self.bus.publish)
-            self.bus.add_first(merger)
-        merger.rows[self.name] = self._row
-        self._row_merger = merger
 
     def _find_step(self, step: int | None, *, commit: bool) -> tuple[int, bool]:
         """Return the step of a part, and whether its row is complete with it: a part without a step may be a row."""

@@ -126,13 +126,14 @@ class JournalReader:
 class SegmentScan:
     """A position in a segment. It is read in chunks, with memory use independent of the file size."""
 
+    _file: int | None = None  # here, because Ctrl-C may come before the first line of `__init__`
+
     def __init__(self, disk: Disk, path: str, *, keep_open: bool = False) -> None:
         self.path = path
         self.offset = 0
         """The offset after the last item returned. What follows was not read or is incomplete."""
         self._disk = disk
         self._keep_open = keep_open
-        self._file: int | None = None
 
     def frames(self) -> Iterator[Frame | CorruptRange | IncompleteTail]:
         """Yield what follows, up to the current end of the file.

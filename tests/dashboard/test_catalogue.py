@@ -70,6 +70,16 @@ def run_of(store):
     return run
 
 
+def run_named(store, key):
+    (run,) = [
+        run.id
+        for each in store.catalogue.records.experiments()
+        for run in store.catalogue.records.runs(each.id)
+        if run.key == key
+    ]
+    return run
+
+
 def experiment_of(store):
     (record,) = store.catalogue.records.experiments()
     return record
@@ -314,6 +324,26 @@ class TestStates:
         assert "x" in run_of(store).error
 
 
+class TestRanks:
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_the_lowest_rank_that_trains_ends_the_run(self, store, order):
+        ctx = context()
+        ranks = {rank: Delivery(store, f"r{rank}-a", rank=rank) for rank in (0, 1)}
+        for rank in order:
+            train(ranks[rank], ctx, status=None)
+        ranks[1].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        assert (run_of(store).status, run_of(store).rank) == (None, 0)
+        ranks[0].send(RunEnd(ctx, RunResult(), ArmResult("a")))
+        ranks[1].send(RunStart(ctx))
+        assert run_of(store).status == "completed"
+
+    def test_the_error_of_another_rank_is_shown(self, store):
+        ctx = context()
+        train(Delivery(store), ctx, status=None)
+        train(Delivery(store, "r3-a", rank=3), ctx, status="failed", error="CUDA out of memory")
+        assert (run_of(store).status, run_of(store).error) == (None, "rank 3: CUDA out of memory")
+
+
 class TestRunFacts:
     def test_config_updates_summaries_environment_and_annotations_are_kept(self, store, delivery):
         ctx = context(
@@ -395,6 +425,15 @@ class TestRunFacts:
         assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
         assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
 
+    def test_an_annotation_belongs_to_the_run_of_its_time_where_two_have_the_name(self, store):
+        for root, start in (("/runs/old", START), ("/runs/new", START + 1_000)):
+            train(Delivery(store, f"r0-{start}", start=start), context(root))
+        for time in (START + 10, START + 1_010):
+            Delivery(store, f"c0-{time}", start=time).send(RunAnnotated("a-s0", {"url": time}))
+        experiments = store.catalogue.records.experiments()
+        urls = [run.extras["url"] for each in experiments for run in store.catalogue.records.runs(each.id)]
+        assert urls == [START + 10, START + 1_010]
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(
@@ -407,7 +446,7 @@ class TestRunFacts:
             StepEnd(state, 2, metrics={"loss": 2.0}),
         )
         assert store.catalogue.unreadable_events
-        assert points(store, store.catalogue.records.find("run key", "a-s0"), "train/loss") == {2: 2.0}
+        assert points(store, run_of(store).id, "train/loss") == {2: 2.0}
 
 
 CONFIG = {
@@ -432,6 +471,13 @@ class TestExperiments:
         delivery.send(ExperimentEnd(ctx, result))
         assert (record.status, record.best_arm, record.best_score) == ("completed", "lr=0.2", 0.9)
         assert record.conclusion == "lr=0.2 is best."
+
+    def test_an_earlier_attempt_that_comes_late_does_not_end_an_experiment(self, store):
+        ctx = LogContext("/runs/lr", config=CONFIG)
+        Delivery(store, "r0-000002-20260102T000000-0000abcd", start=START + 100).send(ExperimentStart(ctx))
+        earlier = Delivery(store, "r0-000001-20260101T000000-0000abcd")
+        earlier.send(ExperimentStart(ctx), ExperimentEnd(ctx, ExperimentResult("lr sweep", "cancelled")))
+        assert (experiment_of(store).status, experiment_of(store).ended) == (None, None)
 
     def test_runs_belong_to_the_experiment_of_their_directory(self, store, delivery):
         ctx = LogContext("/runs/lr", config=CONFIG)
@@ -459,7 +505,7 @@ class TestPredictions:
     def send(self, store, delivery, count=10, right=lambda n: n % 2 == 0, key="a-s0"):
         ctx = context(key=key)
         delivery.send(BenchmarkEval(ctx, EvalResult("gsm", "b1", {"pass": 0.5}), self.predictions(count, right)))
-        (row,) = store.catalogue.evals.of_run(store.catalogue.records.find("run key", key))
+        (row,) = store.catalogue.evals.of_run(run_named(store, key))
         return row
 
     def test_pages_follow_one_another_without_gap(self, store, delivery):

@@ -226,7 +226,7 @@ def test_where_the_dashboard_cannot_read_the_journal_it_is_parked_with_the_comma
     assert f"evsys-bus dash --import {journal}" in delivery.fix
 
 
-@pytest.mark.parametrize("fault", ["cut", "login page", 500, 503, 429])
+@pytest.mark.parametrize("fault", ["cut", "login_page", 500, 503, 429])
 def test_every_request_fails_once_and_every_event_is_there_once(tmp_path, found, fault):
     seen = set()
 
@@ -235,7 +235,7 @@ def test_every_request_fails_once_and_every_event_is_there_once(tmp_path, found,
         if key in seen:
             return None
         seen.add(key)
-        answers = {"cut": "cut", "login page": html_response()}
+        answers = {"cut": "cut", "login_page": html_response()}
         return answers.get(fault) or JSONResponse({}, fault, {"Retry-After": "0"})
 
     found.fault = fail_once

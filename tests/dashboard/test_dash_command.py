@@ -209,7 +209,8 @@ def test_run_with_dash_starts_it_sends_the_run_and_leaves_it_running(experiment)
     assert code == 0, out + err
     state = read_state()
     assert responds(state.url)
-    assert state.browser_url in err
+    assert state.url in err
+    assert state.token not in out + err  # it may be the log of a job, which others may read
     assert "evsys-bus dash --stop" in err
     [shown] = experiments()
     assert (shown["name"], shown["state"], shown["runs"]["completed"]) == ("sweep", "completed", 1)
@@ -311,12 +312,39 @@ def test_kills_of_the_program_its_courier_and_the_dashboard_leave_every_step_in_
     run_evsys_bus("dash", "--stop")
     dashboard.communicate()
 
+    check_database(database, folder / "journal")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(60)
+def test_a_dashboard_that_comes_during_a_run_has_all_of_it_and_another_database_too(home, tmp_path):
+    folder = tmp_path / "sweep"
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(folder), "0"], stdout=subprocess.PIPE)
+    trainer.stdout.readline()
+    wait_until(lambda: [each.state for each in read_progress(folder / "journal")] == ["waiting"])
+    for name in ("first.sqlite", "second.sqlite"):
+        database = tmp_path / name
+        command = [EVSYS_BUS, "dash", "--port", "0", "--db", database]
+        dashboard = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert dashboard.stdout.readline()
+        wait_until(lambda: [each["state"] for each in experiments()] == ["running"])
+        if name == "second.sqlite":
+            trainer.kill()
+            trainer.communicate()
+            wait_until(lambda: run_evsys_bus("sync", folder / "journal").returncode == 0, 40)
+        dashboard.terminate()
+        dashboard.communicate()
+    check_database(database, folder / "journal")
+
+
+def check_database(database, journal):
+    """Check that the database has every event of the journal, and every step once."""
     store = Store.open(database)
-    reader = JournalReader(folder / "journal")
+    reader = JournalReader(journal)
     for stream in reader.streams("r"):
         assert store.watermark(stream) == sum(len(run.payloads) for run in reader.tail(stream).poll_runs())
     records = store.catalogue.records
     [run] = [run for each in records.experiments() for run in store.catalogue.runs_of(each.id)]
     [loss] = [each for each in store.series.names(run.id) if each.name == "train/loss"]
-    assert loss.n == sum(isinstance(each, StepEnd) for each in read_events(folder / "journal"))
+    assert loss.n == sum(isinstance(each, StepEnd) for each in read_events(journal))
     store.close()

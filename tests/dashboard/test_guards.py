@@ -22,7 +22,7 @@ from evsys_adapters.dashboard.store import Store
 from support.running_dashboard import TOKEN, Trainer, body_of, running_dashboard
 from support.waiting import wait_until
 
-LIMITS = ConnectionLimits(
+SHORT = ConnectionLimits(
     head_seconds=0.4, max_head_bytes=4096, body_seconds=0.6, write_seconds=0.4, close_seconds=0.3, max_idle=8
 )
 BODIES = BodyLimits(max_bytes=100_000, max_inflated_bytes=200_000, max_json_bytes=50_000, seconds=0.5)
@@ -30,8 +30,17 @@ BODIES = BodyLimits(max_bytes=100_000, max_inflated_bytes=200_000, max_json_byte
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
+    limits = ConnectionLimits(max_head_bytes=4096)
     folder = tmp_path_factory.mktemp("guards")
-    with running_dashboard(folder, limits=LIMITS, settings={"bodies": BODIES}) as dashboard:
+    with running_dashboard(folder, limits=limits, settings={"bodies": BODIES}) as dashboard:
+        yield dashboard
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory):
+    """With short deadlines, which a request may miss on a busy machine."""
+    folder = tmp_path_factory.mktemp("strict")
+    with running_dashboard(folder, limits=SHORT, settings={"bodies": BODIES}) as dashboard:
         yield dashboard
 
 
@@ -82,7 +91,7 @@ def test_a_body_without_the_token_is_not_read(shared, path):
         head(shared, path, "POST", Content_Length=1_000_000, Connection="close"),  # and nothing of it
     )
     assert received.startswith(b"HTTP/1.1 401")
-    assert seconds < 0.4
+    assert seconds < 5.0
 
 
 def test_health_and_the_page_need_no_token_and_show_no_content(shared):
@@ -144,6 +153,8 @@ def test_another_name_can_be_allowed(tmp_path):
     with running_dashboard(tmp_path, settings={"allowed_hosts": ("Proxy.example",)}) as dashboard:
         received, _ = exchange(dashboard, head(dashboard, host="proxy.example", Connection="close"))
         assert received.startswith(b"HTTP/1.1 200")
+        assert dashboard.request("GET", "/api/home", Origin="https://proxy.example").status == 200
+        assert dashboard.request("GET", "/api/home", Origin="https://other.example").status == 403
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost", "http://[", "file://", ""])
@@ -212,29 +223,29 @@ def test_every_response_has_the_security_headers(shared):
 # Connections.
 
 
-def test_headers_that_do_not_end_are_cut(shared):
-    received, seconds = exchange(shared, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+def test_headers_that_do_not_end_are_cut(strict):
+    received, seconds = exchange(strict, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
     assert received.startswith(b"HTTP/1.1 408")
     assert 0.3 < seconds < 2.0
 
 
-def test_headers_that_trickle_are_cut_all_the_same(shared):
+def test_headers_that_trickle_are_cut_all_the_same(strict):
     start = time.monotonic()
-    with shared.raw() as raw, pytest.raises(OSError):  # noqa: PT011 # broken pipe or reset
+    with strict.raw() as raw, pytest.raises(OSError):  # noqa: PT011 # broken pipe or reset
         for byte in b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 100:
             raw.sendall(bytes([byte]))
             time.sleep(0.02)
     assert time.monotonic() - start < 3.0
 
 
-def test_a_connection_that_sends_nothing_is_closed(shared):
-    received, seconds = exchange(shared, b"")
+def test_a_connection_that_sends_nothing_is_closed(strict):
+    received, seconds = exchange(strict, b"")
     assert received == b""
     assert seconds < 2.0
 
 
-def test_empty_lines_before_a_request_do_not_keep_it_open(shared):
-    with shared.raw() as raw, pytest.raises(OSError):  # noqa: PT011 # as above
+def test_empty_lines_before_a_request_do_not_keep_it_open(strict):
+    with strict.raw() as raw, pytest.raises(OSError):  # noqa: PT011 # as above
         for _ in range(200):
             raw.sendall(b"\r\n")
             time.sleep(0.02)
@@ -280,16 +291,16 @@ def test_what_is_no_http_is_refused_and_the_server_lives(shared, data):
     assert shared.get("/health")
 
 
-def test_a_body_that_does_not_end_is_cut(shared):
-    request = head(shared, "/api/ingest?stream=s", "POST", Content_Length=1000, Authorization=f"Bearer {TOKEN}")
-    received, seconds = exchange(shared, request + b"x" * 10)
+def test_a_body_that_does_not_end_is_cut(strict):
+    request = head(strict, "/api/ingest?stream=s", "POST", Content_Length=1000, Authorization=f"Bearer {TOKEN}")
+    received, seconds = exchange(strict, request + b"x" * 10)
     assert received.startswith(b"HTTP/1.1 408")
     assert seconds < 3.0
 
 
-def test_a_body_that_is_refused_early_does_not_keep_the_connection(shared):
-    with shared.raw() as raw:
-        raw.sendall(head(shared, "/api/home", "POST", Content_Length=10_000_000))
+def test_a_body_that_is_refused_early_does_not_keep_the_connection(strict):
+    with strict.raw() as raw:
+        raw.sendall(head(strict, "/api/home", "POST", Content_Length=10_000_000))
         assert raw.recv(4096).startswith(b"HTTP/1.1 401")
         with pytest.raises(OSError):  # noqa: PT011 # as above
             for _ in range(500):
@@ -305,6 +316,18 @@ def test_of_too_many_idle_connections_the_oldest_goes(tmp_path):
         assert oldest.recv(1) == b""
         assert dashboard.get("/health")
         for each in opened:
+            each.close()
+
+
+def test_strangers_whose_bodies_never_end_keep_nobody_out(tmp_path):
+    limits = ConnectionLimits(body_seconds=60.0, max_idle=8)
+    with running_dashboard(tmp_path, limits=limits) as dashboard:
+        strangers = [dashboard.raw() for _ in range(40)]
+        for each in strangers:
+            each.sendall(head(dashboard, "/api/ingest?stream=s", "POST", Content_Length=1_000_000) + b"x")
+        assert dashboard.get("/health")
+        wait_until(lambda: dashboard.server.open_connections <= limits.max_idle + 1)
+        for each in strangers:
             each.close()
 
 
@@ -325,7 +348,7 @@ def test_a_client_that_does_not_read_its_response_is_cut(tmp_path):
     assets = tmp_path / "_web" / "assets"
     assets.mkdir(parents=True)
     (assets / "big-1.bin").write_bytes(bytes(20 << 20))
-    with running_dashboard(tmp_path, limits=LIMITS) as dashboard, socket.socket() as stuck:
+    with running_dashboard(tmp_path, limits=SHORT) as dashboard, socket.socket() as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.connect(("127.0.0.1", dashboard.port))
         stuck.sendall(head(dashboard, "/assets/big-1.bin"))
@@ -473,6 +496,6 @@ async def test_a_full_disk_is_a_503_and_nothing_acknowledged_is_lost(tmp_path):
         assert totals.sequence == trainer.sequence
         assert 0 < totals.events <= 2_000  # slices of the refused body may be stored already
         again = await ingester.ingest(trainer.stream, stored, payloads)
-        assert again == (trainer.sequence, 0, 0)
+        assert again[:3] == (trainer.sequence, 0, 0)
     finally:
         thread.close()

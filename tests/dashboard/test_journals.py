@@ -211,3 +211,23 @@ class TestTrash:
         reopened = store.reopen()
         assert losses_of(reopened, "b") == {0: 3.0, 1: 2.0, 2: 1.0}
         reopened.close()
+
+
+def test_runs_of_one_name_in_several_experiments_are_several(store, tmp_path):
+    for n, name in enumerate(("first", "second", "third")):
+        folder = tmp_path / name
+        ctx = LogContext(folder, run_key="same", run_config={"arm": name})
+        state = LoopState(0, 3, ctx.run_dir, ctx=ctx)
+        with EventBus([], journal=folder / "journal") as bus:
+            if name != "first":  # whose context is in the state of its first step
+                bus.publish(RunStart(ctx))
+            for step in range(3):
+                bus.publish(StepEnd(state, step, metrics={"loss": float(n)}))
+        import_journal(store, folder)
+    records = store.catalogue.records
+    runs = [run for each in records.experiments() for run in records.runs(each.id)]
+    assert [(run.arm, points(store, run.id, "train/loss")) for run in runs] == [
+        ("first", dict.fromkeys(range(3), 0.0)),
+        ("second", dict.fromkeys(range(3), 1.0)),
+        ("third", dict.fromkeys(range(3), 2.0)),
+    ]

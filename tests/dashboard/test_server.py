@@ -5,6 +5,7 @@ import json
 import math
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.server.columns import round_numbers
 from evsys_adapters.dashboard.server.serve import DEFAULT_PORT, listen
 from evsys_adapters.dashboard.state_file import find_dashboard, read_state
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import DashboardError
 from support.running_dashboard import TOKEN, Dashboard, Trainer, body_of, running_dashboard
 from support.waiting import wait_until
 
@@ -130,6 +131,7 @@ def test_an_envelope_that_cannot_be_read_costs_no_other(shared):
     odd = [b"\xc0", b"\x93\x01\x02\x03", b"\x81\xa3seq\x05", b"\x91" * 400 + b"\xc0"]
     answer = shared.ingest(trainer.stream, 0, [*good, *odd])
     assert (answer.status, answer.json["events"]) == (200, 4)
+    assert answer.json["unreadable"] >= 1
     assert answer.json["sequence"] >= 4
 
 
@@ -357,6 +359,8 @@ def test_the_page_is_served_for_its_own_urls_and_assets_are_kept_by_browsers(tmp
             answer = dashboard.request("GET", path, token=None)
             assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
             assert answer.headers["cache-control"] == "no-cache"
+        assert dashboard.request("GET", "/health", token=None, Accept="text/html,*/*").body.startswith(b"<!doctype")
+        assert dashboard.request("GET", "/health", token=None, Accept="*/*").json["protocol"] == 1
         script = dashboard.request("GET", "/assets/app-1a2b.js", token=None, Accept_Encoding="gzip, br")
         assert gzip.decompress(script.body) == b"1;" * 2000
         assert script.headers["content-type"] == "text/javascript; charset=utf-8"
@@ -413,7 +417,7 @@ DashboardServer(folder / "dashboard.sqlite", host="127.0.0.1", port=0, settings=
     path = tmp_path / "dashboard.json"
     trainer = Trainer(root="/runs/killed")
     stored = 0
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         with process:
             assert process.stdout.readline() == "ready\n"
@@ -428,7 +432,31 @@ DashboardServer(folder / "dashboard.sqlite", host="127.0.0.1", port=0, settings=
             assert path.exists() == (number == signal.SIGKILL)
     with running_dashboard(tmp_path) as dashboard:
         header, _ = dashboard.charts(experiment_id(dashboard, "killed"), {"metric": "train/loss"})
-        assert header["charts"][0]["total"] == stored == 800
+        assert header["charts"][0]["total"] == stored == 400
+
+
+def test_nobody_else_can_read_the_database(tmp_path):
+    folder = tmp_path / "data"
+    path = folder / "dashboard.sqlite"
+    for _ in range(2):
+        folder.mkdir(exist_ok=True)
+        with running_dashboard(folder) as dashboard:
+            trainer = Trainer(root="/runs/private")
+            trainer.send(dashboard, trainer.start() + trainer.steps(3))
+            modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in folder.glob("dashboard.sqlite*")}
+            assert len(modes) == 4  # with the lock, the WAL and its index
+            assert all(mode & 0o077 == 0 for name, mode in modes.items() if not name.endswith(".lock")), modes
+        path.chmod(0o644)  # as an earlier version made it
+
+
+def test_what_is_old_goes_to_the_trash_and_what_is_new_stays(tmp_path):
+    with running_dashboard(tmp_path) as dashboard:
+        for name, age in [("old", 90 * 86_400), ("new", 0)]:
+            trainer = Trainer(root=f"/runs/{name}")
+            trainer.started -= age
+            trainer.send(dashboard, trainer.start() + trainer.steps(3) + trainer.end())
+    with running_dashboard(tmp_path, settings={"keep_days": 60.0, "retention_seconds": 0.0}) as dashboard:
+        wait_until(lambda: [row["name"] for row in dashboard.get("/api/home")["experiments"]] == ["new"])
 
 
 def test_a_second_dashboard_of_one_database_is_refused(tmp_path):
@@ -448,7 +476,7 @@ def test_without_viewers_and_events_it_ends(tmp_path):
 
 def test_a_taken_port_is_refused_if_it_was_given_and_passed_over_if_not():
     with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(EvsysBusError, match="in use"):
+        with pytest.raises(DashboardError, match="in use"):
             listen("127.0.0.1", taken.getsockname()[1])
         with listen("127.0.0.1", None) as first, listen("127.0.0.1", None) as second:
             ports = [each.getsockname()[1] for each in (first, second)]

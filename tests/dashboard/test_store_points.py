@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.point_stores import brute_buckets, open_store, points_of
+from support.point_stores import brute_buckets, differing, open_store, points_of
 
 VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0])
 STARTS = st.integers(0, 5000) | st.sampled_from([-3000, -1, 2047, 2048, 10**6, 10**12])
@@ -20,12 +20,6 @@ CUT = st.tuples(st.just("cut"), STARTS)
 OTHER = st.sampled_from([("commit",), ("commit",), ("checkpoint",), ("reopen",), ("kill",)])
 CHECKPOINTS = st.sampled_from([1, 300, 10**6])
 HISTORIES = st.lists(ROWS | ROWS | ONE | ONE | CUT | OTHER, max_size=30)
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        found[key] == expected[key] or (math.isnan(found[key]) and math.isnan(expected[key])) for key in expected
-    )
 
 
 class History:
@@ -67,7 +61,7 @@ class History:
     def add(self, step, value, names=("loss", "other")):
         self.store.series.add_row(1, 0, step, None, dict.fromkeys(names, value))
         for name in names:
-            self.points[name][step] = value
+            self.points[name][step] = float(value)
 
     def cut(self, step):
         self.store.series.cut(1, 0, step)
@@ -89,7 +83,7 @@ class History:
     def check(self):
         for info in self.store.series.names(1):
             expected = self.points[info.name]
-            assert same(points_of(self.store, info.id), expected)
+            assert differing(points_of(self.store, info.id), expected) == []
             self.check_info(info, expected)
             for width in (2, 32, 256, 4096, 2**20):
                 self.check_buckets(info.id, expected, width)

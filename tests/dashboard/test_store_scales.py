@@ -8,7 +8,7 @@ import pytest
 from evsys_adapters.dashboard.database import SqliteDatabase
 from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import SeriesStore
-from support.point_stores import brute_buckets, info_of, open_store, points_of
+from support.point_stores import brute_buckets, differing, info_of, open_store, points_of
 
 
 def stored(tmp_path, steps, batch=1000):
@@ -42,7 +42,7 @@ def test_the_number_of_chunks_follows_the_points_whatever_their_distance(tmp_pat
     store, series = stored(tmp_path, steps)
     assert chunks(store) <= most
     expected = {step: math.sin(step) for step in steps}
-    assert points_of(store, series) == expected
+    assert differing(points_of(store, series), expected) == []
     chart = store.series.read([series], buckets=500)
     line, brute = chart.lines[0], brute_buckets(expected, chart.width)
     assert 50 <= len(line.x) <= 500
@@ -50,7 +50,16 @@ def test_the_number_of_chunks_follows_the_points_whatever_their_distance(tmp_pat
     assert list(line.min) == [each[1] for each in brute.values()]
     assert list(line.max) == [each[2] for each in brute.values()]
     store = store.reopen()
-    assert points_of(store, series) == expected
+    assert differing(points_of(store, series), expected) == []
+
+
+def test_points_written_before_a_series_got_its_scale_survive_a_kill(tmp_path):
+    store, series = stored(tmp_path, range(50))
+    for step in range(50, 150):
+        with store.transaction():
+            store.series.add_row(1, 0, step, None, {"loss": math.sin(step)})
+    store = store.reopen()
+    assert differing(points_of(store, series), {step: math.sin(step) for step in range(150)}) == []
 
 
 def test_a_series_of_few_points_is_one_row(tmp_path):
@@ -94,6 +103,30 @@ def test_all_series_of_a_chart_have_one_width_and_a_range_is_read_finer(tmp_path
     zoomed = store.series.read(ids, first=5000, last=5100, buckets=200)
     assert (zoomed.width, list(zoomed.lines[0].x)) == (1, list(range(5000, 5101)))
     assert len(zoomed.lines[1].x) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "buckets", "width", "drawn"),
+    [
+        (range(1024), 240, 8, 128),
+        (range(0, 16 * 32, 16), 30, 32, 16),
+        (range(10**6, 10**6 + 16 * 100, 16), 60, 32, 50),
+        (range(1900, 2100), 150, 2, 100),
+        (range(100_000), 500, 256, 391),
+        (range(9000), 500, 32, 282),
+    ],
+)
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "written"])
+def test_a_width_is_the_finest_one_with_so_many_buckets(tmp_path, steps, buckets, width, drawn, is_open):
+    store = open_store(tmp_path)
+    with store.transaction():
+        for step in steps:
+            store.series.add_row(1, 0, step, None, {"loss": 0.5})
+    if not is_open:
+        store.close()
+        store = open_store(tmp_path)
+    chart = store.series.read([info_of(store, 1, "loss").id], buckets=buckets)
+    assert (chart.width, len(chart.lines[0].x)) == (width, drawn)
 
 
 def test_a_late_point_changes_its_bucket_and_no_other(tmp_path):

@@ -94,8 +94,9 @@ def seconds_to_leave(bus, states, *, pending=0):
 
 STUCK, DELIVERING, IDLE = ("parked", "retrying"), ("delivering",), ("idle",)
 CASES = {
-    "evsys without a key": ({"kind": "evsys_logger"}, {}, STUCK),
-    "evsys at a black hole": ({"kind": "evsys_logger"}, {"EVSYS_API_KEY": KEY, "EVSYS_BASE_URL": "HOLE"}, IDLE),
+    "evsys without a dashboard": ({"kind": "evsys_logger"}, {}, ("waiting",)),
+    "evsys at a black hole": ({"kind": "evsys_logger"}, {"EVSYS_API_KEY": KEY, "EVSYS_API_URL": "HOLE"}, IDLE),
+    "evsys at a black hole, without a key": ({"kind": "evsys_logger"}, {"EVSYS_API_URL": "HOLE"}, DELIVERING),
     "wandb without a login": ({"kind": "wandb_logger", "params": {"project": "p"}}, {}, IDLE),
     "an upload to a closed port": (UPLOAD, LOGIN, STUCK),
     "a webhook at a black hole": ({"kind": "webhook"}, {"EVSYS_WEBHOOK_URL": "HOLE"}, IDLE),

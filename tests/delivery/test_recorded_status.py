@@ -81,6 +81,14 @@ def test_counts_alone_are_recorded_every_half_a_minute(recording):
     assert len(recorded) == 10
 
 
+def test_a_month_of_training_adds_a_few_thousand_records(recording):
+    recorded = 0
+    for handled in range(30 * 86_400 // 5):
+        recording.courier.handled = handled
+        recorded += len(recording.after(5))
+    assert 1000 < recorded < 5000
+
+
 def test_what_piles_up_behind_an_adapter_that_is_stuck_is_recorded(recording):
     recording.courier.last_status = DeliveryStatus(state="parked", error="no key")
     recording.after(5)

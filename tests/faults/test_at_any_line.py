@@ -4,6 +4,7 @@ import asyncio
 import collections
 import contextlib
 import gc
+import itertools
 import linecache
 import os
 import signal
@@ -235,6 +236,89 @@ def test_interrupts_in_hooks_and_in_the_encoder_are_raised_by_the_publish_that_t
     assert found["nested", 0] == 1  # its publish had returned
     assert found["nested", 7] == 1
     assert bus.receipt.recorded == sum(found.values())
+
+
+LOGGED_FILES = (
+    *("front/run.py", "front/rows.py", "bus/event_bus.py", "bus/publisher.py", "bus/recorder.py"),
+    *("journal/writer.py", "codec/step_template.py"),
+)
+
+
+@pytest.mark.timeout(120)  # half a minute for each, where the machine is busy
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize(
+    ("commits", "logs_again", "in_loop"),
+    [(False, False, False), (False, True, False), (True, False, False), (True, True, False), (False, True, True)],
+)
+def test_an_interrupt_at_any_line_of_run_log_leaves_each_value_in_one_row(
+    commits, logs_again, in_loop, is_recorded, tmp_path
+):
+    """The program catches Ctrl-C, logs the part again or not, and goes on; two parts a step."""
+    rows, acknowledged, lines = [], {}, {}
+
+    class Rows(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            rows.append((step_idx, dict(metrics)))
+
+    def log(step, name, commit, at=None):
+        part = {name: float(step)}
+        try:
+            with at or contextlib.nullcontext():
+                run.log(part, commit=commit) if in_loop else run.log(part, step=step, commit=commit)
+        except KeyboardInterrupt:
+            lines[step] = at.line
+            if logs_again:
+                log(step, name, commit)
+        else:
+            acknowledged[step, name] = part[name]
+
+    journal = tmp_path / "journal" if is_recorded else None
+    with EventBus([Rows()], journal=journal) as bus, bus.run(tmp_path / "a", environment=False, output=False) as run:
+        run.log({"a": 0.0}, step=0)
+        acknowledged[0, "a"] = 0.0
+        number, came = 0, True
+        loop = run.steps() if in_loop else itertools.count(1)
+        while came:
+            number, came = number + 1, False
+            for turn in range(2):  # the part that makes the row before complete, and the last one of a step
+                step, at = next(loop), AtLine(number, interrupted, LOGGED_FILES)
+                log(step, "a", False, at if turn == 0 else None)
+                log(step, "b", commits, at if turn == 1 else None)
+                came = came or at.came
+    assert number > 20
+    for found in (rows, recorded_rows(journal)) if is_recorded else (rows,):
+        wrong = {step for (step, name), value in acknowledged.items() if dict(found)[step].get(name) != value}
+        wrong |= {step for step, count in collections.Counter(step for step, _ in found).items() if count > 1}
+        assert {step: (lines.get(step - 1), lines.get(step)) for step in wrong} == {}
+
+
+@pytest.mark.timeout(120)  # some seconds, where the machine is idle
+def test_an_interrupt_at_any_line_of_the_first_run_log_leaves_each_value_in_one_row(tmp_path):
+    class Rows(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            rows.append((step_idx, dict(metrics)))
+
+    number, came = 0, True
+    while came:
+        number, rows, folder = number + 1, [], tmp_path / str(number)
+        with (
+            EventBus([Rows()], journal=folder / "j") as bus,
+            bus.run(folder / "a", environment=False, output=False) as run,
+        ):
+            at = AtLine(number, interrupted, ("front/run.py", "front/rows.py", "bus/event_bus.py", "bus/publisher.py"))
+            with contextlib.suppress(KeyboardInterrupt), at:
+                run.log({"a": 0.0}, step=0)
+            run.log({"a": 0.0}, step=0)
+            run.log({"b": 1.0}, step=1)
+        came = at.came
+        assert rows == recorded_rows(folder / "j") == [(0, {"a": 0.0}), (1, {"b": 1.0})], getattr(at, "line", None)
+    assert number > 50
+
+
+def recorded_rows(journal):
+    reader = JournalReader(journal)
+    events = [decode(record.payload).event for stream in reader.streams() for record in reader.read(stream)]
+    return [(each.step_idx, each.metrics) for each in events if isinstance(each, StepEnd)]
 
 
 # -- entering -----------------------------------------------------------------------------------------------

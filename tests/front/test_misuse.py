@@ -17,7 +17,7 @@ from evsys_bus import Callback, EventBus, LoopState, Metrics, TrainingLoop, Trai
 from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.errors import BusNotOpenError, SettingError, TrainingError
 from evsys_bus.events import Envelope
-from evsys_bus.front.rows import OpenRow
+from evsys_bus.front.rows import UnpublishedRows
 from tests.support.journals import read_envelopes
 from tests.support.programs import run_evsys_bus
 from tests.support.training_parts import IndexBatches, NumberBackend
@@ -362,11 +362,15 @@ def test_a_part_that_is_recorded_late_does_not_remove_the_row_of_a_later_step(tm
     assert rows.first_parts() == {"r0-000001": 1}
 
 
-def test_a_row_that_an_interrupt_left_unpublished_is_published_at_the_end():
-    row = OpenRow()
-    for step in range(2):
-        row.add(step, {"a": float(step)}, commit=False)  # as if Ctrl-C came before the complete row was published
-    assert row.take_all() == [(0, {"a": 0.0}), (1, {"a": 1.0})]
+def test_a_row_that_an_interrupt_left_unpublished_stays_until_it_is_removed():
+    rows = UnpublishedRows()
+    rows.add(0, {"a": 0.0}, commit=False)
+    [row] = rows.add(1, {"a": 1.0}, commit=False)
+    assert rows.add(1, {"b": 1.0}, commit=False) is None  # as if Ctrl-C came before the complete row was published
+    assert [(each.step, each.metrics) for each in rows.left()] == [(0, {"a": 0.0})]
+    rows.remove(row)
+    assert rows.add(1, {"b": 1.0}, commit=False) == ()
+    assert [(each.step, each.metrics) for each in rows.take()] == [(1, {"a": 1.0, "b": 1.0})]
 
 
 def test_content_that_a_full_disk_refuses_does_not_end_the_training(tmp_path):

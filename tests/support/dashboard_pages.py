@@ -182,7 +182,7 @@ class PageServer:
 
     def __init__(self, folder: Path, copy: Path, port: int = 0) -> None:
         if not copy.exists():
-            shutil.copytree(folder, copy)
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("copy"))
         self._ready = threading.Event()
         self._server = DashboardServer(
             copy / "dashboard.sqlite",

@@ -1,5 +1,6 @@
 """Stores of points for tests: a catalogue that knows only the metrics of steps, and the brute force to compare with."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,14 @@ def encoded_steps(
 def points_of(store: Store, series: int) -> dict[int, float]:
     line = store.series.read([series], width=1).lines[0]
     return dict(zip(map(int, line.x), map(float, line.last), strict=True))
+
+
+def differing(found: Mapping[int, float], expected: Mapping[int, float], most: int = 5) -> list[tuple[int, Any, Any]]:
+    """The first steps whose values differ, with both; NaN is equal to NaN. A diff of large dicts takes minutes."""
+    steps = (
+        step for step in sorted(found.keys() | expected.keys()) if repr(found.get(step)) != repr(expected.get(step))
+    )
+    return [(step, found.get(step), expected.get(step)) for step in itertools.islice(steps, most)]
 
 
 def info_of(store: Store, run: int, name: str, rank: int = 0) -> SeriesInfo:

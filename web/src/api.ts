@@ -5,14 +5,13 @@ import type { Chart, Line, Lines, XAxis } from "./types";
 const CLOCK_TOLERANCE_SECONDS = 5;
 const TOKEN_KEY = "evsys-bus-token";
 
-/** The token comes in the fragment, which no request carries; it is kept so that other tabs have it. */
+/** The token comes in the fragment, which no request carries; local storage gives it to other tabs. */
 function takeToken(): string {
-  const given = /^#token=(.+)$/.exec(location.hash);
+  const given = /^#token=([\w.~-]+)$/.exec(location.hash);
   if (given) {
     history.replaceState(null, "", location.pathname + location.search);
-    const token = decodeURIComponent(given[1]!);
-    localStorage.setItem(TOKEN_KEY, token);
-    return token;
+    localStorage.setItem(TOKEN_KEY, given[1]!);
+    return given[1]!;
   }
   return localStorage.getItem(TOKEN_KEY) ?? "";
 }

@@ -2,10 +2,10 @@
 import { Fragment } from "preact";
 import { useState } from "preact/hooks";
 import { dashOf, hueOf } from "./colours";
-import { count, deviating, number, plain, shortened } from "./format";
+import { count, number, shortened, valueText, withDeviation } from "./format";
 import { Age, Link, StateWord } from "./parts";
 import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
-import { openArms, raisedArm, toggled } from "./view";
+import { openArms, highlightedArm, toggled } from "./view";
 
 const MOST_ARMS = 60;
 const STRIP = { width: 100, height: 18 };
@@ -75,8 +75,8 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
   return (
     <tr
       class={`arm${arm.winner ? " winner" : ""}`}
-      onMouseEnter={() => (raisedArm.value = arm.name)}
-      onMouseLeave={() => (raisedArm.value = null)}
+      onMouseEnter={() => (highlightedArm.value = arm.name)}
+      onMouseLeave={() => (highlightedArm.value = null)}
     >
       <td class="name">
         <button
@@ -107,10 +107,10 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
             <td class="value" data-label={name}>
               {value && (
                 <>
-                  <b>{deviating(value.mean, value.sd)}</b>
+                  <b>{withDeviation(value.mean, value.sd)}</b>
                   {!isBaseline && value.delta !== null && (
                     <span class="delta" title="difference to the baseline">
-                      {deviating(value.delta, value.delta_sd, true)}
+                      {withDeviation(value.delta, value.delta_sd, true)}
                     </span>
                   )}
                 </>
@@ -125,7 +125,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
 }
 
 function RunRow({ run, varying, headlines }: { run: Run; varying: string[]; headlines: string[] }) {
-  const config = varying.flatMap((key) => (key in (run.config ?? {}) ? [`${key}=${plain(run.config[key])}`] : []));
+  const config = varying.flatMap((key) => (key in (run.config ?? {}) ? [`${key}=${valueText(run.config[key])}`] : []));
   return (
     <tr class="run">
       <td class="name">

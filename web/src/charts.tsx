@@ -6,7 +6,7 @@ import { Swatch } from "./arms";
 import { canvasColours } from "./colours";
 import { merged } from "./curves";
 import { count, csv, number, shortened } from "./format";
-import { connection, follow } from "./live";
+import { connection, subscribe } from "./live";
 import { Plot } from "./plot";
 import type { Chart, Metric } from "./types";
 import * as view from "./view";
@@ -149,8 +149,8 @@ function Legend({ experiment, slots }: { experiment: Charted; slots: Map<string,
           aria-pressed={!hidden.has(name)}
           title="show or hide"
           onClick={() => (view.hiddenArms.value = view.toggled(hidden, name))}
-          onMouseEnter={() => (view.raisedArm.value = name)}
-          onMouseLeave={() => (view.raisedArm.value = null)}
+          onMouseEnter={() => (view.highlightedArm.value = name)}
+          onMouseLeave={() => (view.highlightedArm.value = null)}
         >
           <Swatch slot={slots.get(name) ?? 0} />
           <span class="text">{shortened(name, 60)}</span>
@@ -178,15 +178,15 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Chart
     return () => observer.unobserve(element);
   }, []);
   const isLog = view.logCharts.value.has("*") !== view.logCharts.value.has(metric.name);
-  const hold = (held: boolean) => (view.chartInHand.value = held ? metric.name : null);
+  const setActive = (isActive: boolean) => (view.activeChart.value = isActive ? metric.name : null);
   return (
-    <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => hold(true)} onBlur={() => hold(false)}>
+    <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => setActive(true)} onBlur={() => setActive(false)}>
       <h3 title={shortened(metric.name, 500)}>
         <span class="text">{metric.name}</span>
         {isLog && <span class="mark">log</span>}
       </h3>
       {isIn ? (
-        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} hold={hold} />
+        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} setActive={setActive} />
       ) : (
         <div class="plot" />
       )}
@@ -199,10 +199,10 @@ interface CurvesProps {
   experiment: Charted;
   slots: Map<string, number>;
   isLog: boolean;
-  hold: (held: boolean) => void;
+  setActive: (isActive: boolean) => void;
 }
 
-function Curves({ metric, experiment, slots, isLog, hold }: CurvesProps) {
+function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
   const host = useRef<HTMLDivElement>(null);
   const plot = useRef<Plot | null>(null);
   const [chart, error] = useChart(experiment, metric);
@@ -213,15 +213,15 @@ function Curves({ metric, experiment, slots, isLog, hold }: CurvesProps) {
   const order = experiment.arms.map((arm) => arm.name);
 
   useLayoutEffect(() => {
-    plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: hold });
+    plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: setActive });
     const resized = new ResizeObserver(() => plot.current?.resize());
     resized.observe(host.current!);
-    const stop = effect(() => plot.current?.raise(view.raisedArm.value));
+    const stop = effect(() => plot.current?.highlight(view.highlightedArm.value));
     return () => {
       stop();
       resized.disconnect();
       plot.current?.destroy();
-      hold(false);
+      setActive(false);
     };
   }, []);
 
@@ -287,7 +287,7 @@ function joined(parts: Chart[], labels: Map<string, string> | undefined): Chart 
   return { ...first, width: Math.max(...parts.map(({ width }) => width)), total, lines };
 }
 
-/** A chart as the view's settings ask for it, kept up to date. */
+/** A chart as the view's settings ask for it, updated live. */
 function useChart(experiment: Charted, metric: string): [Loaded | null, string] {
   const [loaded, setLoaded] = useState<Loaded | null>(null);
   const [error, setError] = useState("");
@@ -303,11 +303,11 @@ function useChart(experiment: Charted, metric: string): [Loaded | null, string] 
   useEffect(() => {
     let isOver = false;
     let timer = 0;
-    let endFollowing = () => {};
+    let unsubscribe = () => {};
     let drawing = 0;
     const load = async () => {
       timer = 0;
-      endFollowing();
+      unsubscribe();
       const [from, to] = zoom ?? [null, null];
       try {
         const query = { metric, lines, from, to, buckets: BUCKETS, x };
@@ -319,7 +319,7 @@ function useChart(experiment: Charted, metric: string): [Loaded | null, string] 
         show();
         if (isPaused) return;
         const ends = answers.map(({ chart, frame }, i) =>
-          follow(`c/${sources[i]!.experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
+          subscribe(`c/${sources[i]!.experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
             if (header.kind !== "data") {
               loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
             } else if (x !== "step") {
@@ -335,7 +335,7 @@ function useChart(experiment: Charted, metric: string): [Loaded | null, string] 
             }
           }),
         );
-        endFollowing = () => ends.forEach((end) => end());
+        unsubscribe = () => ends.forEach((end) => end());
       } catch (failed) {
         if (isOver) return;
         setError(failed instanceof Error ? failed.message : String(failed));
@@ -350,7 +350,7 @@ function useChart(experiment: Charted, metric: string): [Loaded | null, string] 
       isOver = true;
       clearTimeout(timer);
       cancelAnimationFrame(drawing);
-      endFollowing();
+      unsubscribe();
     };
   }, [JSON.stringify(sources), metric, lines, x, zoom?.[0], zoom?.[1], isPaused]);
 

@@ -81,9 +81,9 @@ export function smoothed(x: Float64Array, values: Float64Array, halfLife: number
   for (let i = 0; i < values.length; i++) {
     const value = values[i]!;
     if (!Number.isFinite(value)) continue;
-    const kept = Number.isNaN(last) ? 0 : 2 ** ((last - x[i]!) / halfLife);
-    sum = sum * kept + value * (1 - kept);
-    weight = weight * kept + (1 - kept);
+    const decay = Number.isNaN(last) ? 0 : 2 ** ((last - x[i]!) / halfLife);
+    sum = sum * decay + value * (1 - decay);
+    weight = weight * decay + (1 - decay);
     result[i] = sum / weight;
     last = x[i]!;
   }
@@ -112,11 +112,11 @@ export function rounded(value: number): number {
   return ([1, 2, 5, 10].find((each) => each * power >= value * 0.75) ?? 10) * power;
 }
 
-/** A logarithmic axis of fewer powers of ten has marks at round numbers of equal distance. */
+/** A logarithmic axis of fewer powers of ten has ticks at round numbers of equal distance. */
 export const NARROW = 0.8;
 
-/** Positions of marks on a logarithmic axis, as logarithms: at round numbers, however narrow the range. */
-export function logMarks(low: number, high: number, most: number): number[] {
+/** Positions of ticks on a logarithmic axis, as logarithms: at round numbers, however narrow the range. */
+export function logTicks(low: number, high: number, most: number): number[] {
   if (high - low >= NARROW) {
     const every = Math.max(1, Math.ceil((high - low) / most));
     const factors = high - low < most / 3 ? [1, 2, 5] : [1];

@@ -5,7 +5,7 @@ import { Swatch } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
-import { count, counted, deviating, number, plain, shortened } from "./format";
+import { count, counted, withDeviation, number, valueText, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
 import { Failure, Link, StateWord } from "./parts";
 import type { Direction, Metric, State } from "./types";
@@ -135,7 +135,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
               </th>
               {cells.map((cell, i) => (
                 <td key={i} class={`num${best === i ? " best" : ""}`} title={`${counted(cell.n, "seed")}${cell.nonfinite ? `, ${cell.nonfinite} not finite` : ""}`}>
-                  {best === i && <span class="mark best">{"\u2605"}</span>} {deviating(cell.mean, cell.sd)}
+                  {best === i && <span class="mark best">{"\u2605"}</span>} {withDeviation(cell.mean, cell.sd)}
                 </td>
               ))}
             </tr>
@@ -321,7 +321,7 @@ function Drawer({ id, slots }: { id: string; slots: Map<string, number> }) {
                 <div key={name}>
                   <dt>{shortened(name, 80)}</dt>
                   <dd>
-                    {typeof value === "string" ? <pre>{shortened(value, 50_000)}</pre> : <pre>{typeof value === "number" ? plain(value) : shortened(JSON.stringify(value, null, 1) ?? "", 50_000)}</pre>}
+                    {typeof value === "string" ? <pre>{shortened(value, 50_000)}</pre> : <pre>{typeof value === "number" ? valueText(value) : shortened(JSON.stringify(value, null, 1) ?? "", 50_000)}</pre>}
                   </dd>
                 </div>
               ))}

@@ -5,9 +5,9 @@ import { getJson } from "./api";
 import { ArmTable } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
-import { counted, count, deviating, duration, plain, shortened } from "./format";
+import { count, counted, duration, shortened, valueText, withDeviation } from "./format";
 import { ExperimentNav } from "./further";
-import { follow } from "./live";
+import { subscribe } from "./live";
 import { Age, Failure, Progress, StateWord, useLoaded } from "./parts";
 import type { Experiment, Run } from "./types";
 import { paused } from "./view";
@@ -23,7 +23,7 @@ export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: b
   const isLoaded = experiment.value !== null;
   useEffect(() => {
     if (!isLoaded || isPaused) return;
-    return follow(`e/${id}`, experiment.peek()!.frame ?? null, ({ header }) => {
+    return subscribe(`e/${id}`, experiment.peek()!.frame ?? null, ({ header }) => {
       if (header.kind === "data") experiment.value = { ...experiment.peek()!, ...header.experiment };
       else loads.value++;
     });
@@ -51,7 +51,7 @@ function Shown({ experiment, onlyMetrics }: { experiment: Signal<Experiment>; on
       <Header experiment={shown} onlyMetrics={onlyMetrics} />
       {!onlyMetrics && (
         <>
-          <Broken experiment={shown} />
+          <Problems experiment={shown} />
           <ArmTable experiment={shown} slots={slots} />
         </>
       )}
@@ -87,7 +87,7 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
       </div>
       {!onlyMetrics && (
         <>
-          <Answer experiment={experiment} />
+          <Summary experiment={experiment} />
           <Prose label="hypothesis" text={experiment.hypothesis} />
           <Prose label="conclusion" text={experiment.conclusion} />
           <Prose label="notes" text={experiment.notes} />
@@ -107,7 +107,7 @@ function Prose({ label, text }: { label: string; text: string | null }) {
 }
 
 /** The two questions that bring a reader here, answered in a line. */
-function Answer({ experiment }: { experiment: Experiment }) {
+function Summary({ experiment }: { experiment: Experiment }) {
   const { arms, runs, headlines, baseline } = experiment;
   const [first] = headlines;
   const winner = arms.find((arm) => arm.winner);
@@ -115,15 +115,15 @@ function Answer({ experiment }: { experiment: Experiment }) {
   const failed = runs.filter((run) => run.state === "failed").length;
   const stalled = runs.filter((run) => run.state === "stalled").length;
   return (
-    <p class="answer">
+    <p class="summary">
       {winner && value && first ? (
         <>
           <b class="name">{shortened(winner.name, 80)}</b> leads by <span class="name">{shortened(first.name, 80)}</span>
           {` (${first.direction === "min" ? "lower" : "higher"} is better): `}
-          <b>{deviating(value.mean, value.sd)}</b>
+          <b>{withDeviation(value.mean, value.sd)}</b>
           {baseline !== null && baseline !== winner.name && value.delta !== null && (
             <>
-              {`, ${deviating(value.delta, value.delta_sd, true)} to `}
+              {`, ${withDeviation(value.delta, value.delta_sd, true)} to `}
               <span class="name">{shortened(baseline, 80)}</span>
             </>
           )}
@@ -147,7 +147,7 @@ function Answer({ experiment }: { experiment: Experiment }) {
   );
 }
 
-const MOST_BROKEN = 5;
+const MOST_PROBLEMS = 5;
 const MOST_ALERTS = 3;
 
 function runName(run: Run): string {
@@ -156,7 +156,7 @@ function runName(run: Run): string {
 }
 
 /** Runs that broke in the same way are one line: of a hundred that hit one error, a reader needs the error once. */
-function brokenAlike(runs: Run[]): Run[][] {
+function groupedByError(runs: Run[]): Run[][] {
   const groups = new Map<string, Run[]>();
   for (const run of runs) {
     if (run.state !== "failed" && run.state !== "stalled") continue;
@@ -168,12 +168,12 @@ function brokenAlike(runs: Run[]): Run[][] {
   return [...groups.values()].sort((a, b) => Number(a[0]!.state === "stalled") - Number(b[0]!.state === "stalled"));
 }
 
-function Broken({ experiment }: { experiment: Experiment }) {
-  const groups = brokenAlike(experiment.runs);
+function Problems({ experiment }: { experiment: Experiment }) {
+  const groups = groupedByError(experiment.runs);
   const alerts = [...experiment.alerts].sort((a, b) => (b.time ?? 0) - (a.time ?? 0));
   if (!groups.length && !alerts.length && !experiment.error) return null;
   return (
-    <section class="broken" aria-label="what is broken">
+    <section class="problems" aria-label="what is broken">
       {experiment.error && !groups.some(([run]) => run!.error === experiment.error) && (
         <details>
           <summary>
@@ -182,10 +182,10 @@ function Broken({ experiment }: { experiment: Experiment }) {
           <pre>{shortened(experiment.error, 20_000)}</pre>
         </details>
       )}
-      {groups.slice(0, MOST_BROKEN).map((runs) => (
-        <BrokenRuns key={runs[0]!.id} runs={runs} />
+      {groups.slice(0, MOST_PROBLEMS).map((runs) => (
+        <ProblemRuns key={runs[0]!.id} runs={runs} />
       ))}
-      {groups.length > MOST_BROKEN && <p class="muted">and {groups.length - MOST_BROKEN} other errors</p>}
+      {groups.length > MOST_PROBLEMS && <p class="muted">and {groups.length - MOST_PROBLEMS} other errors</p>}
       {alerts.slice(0, MOST_ALERTS).map((alert, i) => (
         <p class="alert" key={i}>
           <span class="state stalled">
@@ -205,7 +205,7 @@ function Broken({ experiment }: { experiment: Experiment }) {
   );
 }
 
-function BrokenRuns({ runs }: { runs: Run[] }) {
+function ProblemRuns({ runs }: { runs: Run[] }) {
   const run = runs[0]!;
   return (
     <details>
@@ -245,7 +245,7 @@ function Same({ same }: { same: Record<string, unknown> }) {
         {entries.map(([key, value]) => (
           <div key={key}>
             <dt>{key}</dt>
-            <dd>{plain(value)}</dd>
+            <dd>{valueText(value)}</dd>
           </div>
         ))}
       </dl>

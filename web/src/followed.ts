@@ -1,7 +1,7 @@
 // JSON of the server that is read again when something it shows has changed.
 import { useEffect, useState } from "preact/hooks";
 import { getJson } from "./api";
-import { follow } from "./live";
+import { subscribe } from "./live";
 import { useLoaded } from "./parts";
 import { paused } from "./view";
 
@@ -26,7 +26,7 @@ export function useFollowed<T extends Answer>(url: string, topicOf: (answer: T) 
       timer = 0;
       setLoads((count) => count + 1);
     };
-    const end = follow(topic, answer.frame ?? null, () => {
+    const end = subscribe(topic, answer.frame ?? null, () => {
       timer ||= window.setTimeout(again, AGAIN_MS);
     });
     return () => {

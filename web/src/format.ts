@@ -34,7 +34,7 @@ function decimalsOf(sd: number): number {
 }
 
 /** "1.790 \u00b1 0.007": rounded to the deviation. */
-export function deviating(mean: number | null, sd: number | null, signed = false): string {
+export function withDeviation(mean: number | null, sd: number | null, signed = false): string {
   if (mean === null || !Number.isFinite(mean)) return number(mean);
   const sign = signed && mean > 0 ? "+" : "";
   if (!sd || !Number.isFinite(sd)) return sign + number(mean);
@@ -73,12 +73,12 @@ export function elapsed(seconds: number): string {
   return minutes % 60 ? `${Math.floor(minutes / 60)}h${minutes % 60}m` : `${minutes / 60}h`;
 }
 
-export function share(value: number): string {
+export function percent(value: number): string {
   return `${Math.floor(100 * Math.min(1, Math.max(0, value)))} %`;
 }
 
-/** Texts of marks on an axis, told apart by their distance: "0.0012", "1.5e\u22125", "20k". */
-export function marks(values: number[], distance: number): string[] {
+/** Texts of ticks at equal distances, with the digits that make them differ: "0.0012", "1.5e\u22125", "20k". */
+export function tickTexts(values: number[], distance: number): string[] {
   const size = Math.max(...values.map(Math.abs));
   if (!(distance > 0) || !(size > 0)) return values.map((value) => number(value));
   const decimals = decimalsFor(distance);
@@ -93,11 +93,11 @@ export function marks(values: number[], distance: number): string[] {
 }
 
 /** 1, 2 or 5 times a power of ten, as short as it goes. */
-export function roundMark(value: number): string {
+export function roundTickText(value: number): string {
   return value >= 1e-3 && value < 1e6 ? String(Number(value.toPrecision(1))) : exponent(value, 0);
 }
 
-/** Decimals that tell multiples of a distance apart, and show 0.25 whole. */
+/** Decimals that make multiples of a distance differ, and show 0.25 whole. */
 function decimalsFor(distance: number): number {
   const least = Math.max(0, Math.ceil(-Math.log10(distance) - 1e-9));
   const scaled = distance * 10 ** least;
@@ -124,10 +124,10 @@ export function csv(rows: (string | number | null)[][]): string {
 /** A value of a config: numbers as they were written, but for the noise of binary fractions. */
 export function setting(value: unknown): string {
   if (typeof value === "number") return String(Number(value.toPrecision(8))).replace("-", MINUS).replace("e+", "e").replace("e-", `e${MINUS}`);
-  return plain(value);
+  return valueText(value);
 }
 
-export function plain(value: unknown): string {
+export function valueText(value: unknown): string {
   if (typeof value === "number") return number(value);
   return shortened(typeof value === "string" ? value : JSON.stringify(value) ?? "", 120);
 }

@@ -3,6 +3,7 @@ import type { ComponentType, VNode } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { RequestError } from "./api";
 import { Failure, Link } from "./parts";
+import { decoded, search } from "./view";
 
 export interface PageProps {
   /** What the path names: an experiment or a run. */
@@ -26,7 +27,7 @@ const loadedPages = new Map<RegExp, Page>();
 export function furtherPage(path: string): VNode | null {
   for (const [pattern, load] of PAGES) {
     const found = pattern.exec(path);
-    if (found) return <Further key={path} pattern={pattern} load={load} id={decodeURIComponent(found[1] ?? "")} />;
+    if (found) return <Further key={path} pattern={pattern} load={load} id={decoded(found[1] ?? "")} />;
   }
   return null;
 }
@@ -57,13 +58,16 @@ const EXPERIMENT_PAGES = [
   ["checkpoints", "checkpoints"],
 ] as const;
 
+/** Whether the settings of one page, such as the zoom, make sense on the other. */
+const haveOneView = (...pages: (string | null)[]) => pages.every((page) => page === "" || page === "metrics");
+
 /** Links to the pages of an experiment. */
 export function ExperimentNav({ id, current }: { id: string; current: (typeof EXPERIMENT_PAGES)[number][0] | null }) {
   const base = `/e/${encodeURIComponent(id)}`;
   return (
     <nav aria-label="pages of the experiment">
       {EXPERIMENT_PAGES.map(([path, label]) => (
-        <Link key={path} to={path ? `${base}/${path}` : base} class={path === current ? "current" : ""}>
+        <Link key={path} to={(path ? `${base}/${path}` : base) + (haveOneView(path, current) ? search.value : "")} class={path === current ? "current" : ""}>
           {label}
         </Link>
       ))}

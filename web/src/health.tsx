@@ -3,7 +3,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { getJson } from "./api";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { bytes, count, counted, number, shortened } from "./format";
-import { follow } from "./live";
+import { subscribe } from "./live";
 import { Age, Failure, Link, StateWord, useLoaded } from "./parts";
 import type { State } from "./types";
 import { filter, paused } from "./view";
@@ -45,7 +45,7 @@ export function HealthPage() {
   }, []);
   useEffect(() => {
     if (isPaused) return;
-    const end = follow("home", null, () => {}); // shows whether the dashboard is there
+    const end = subscribe("home", null, () => {}); // shows whether the dashboard is there
     const timer = setInterval(() => setLoads((count) => count + 1), AGAIN_MS);
     return () => {
       end();

@@ -3,7 +3,7 @@ import { useEffect } from "preact/hooks";
 import { signal } from "@preact/signals";
 import { getJson } from "./api";
 import { number, shortened } from "./format";
-import { follow } from "./live";
+import { subscribe } from "./live";
 import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
 import type { ExperimentRow, Home } from "./types";
 import { filter, paused } from "./view";
@@ -49,7 +49,7 @@ export function HomePage() {
   useEffect(() => {
     document.title = "evsys-bus";
     if (!isLoaded || isPaused) return;
-    return follow("home", home.peek()!.frame ?? null, ({ header }) => {
+    return subscribe("home", home.peek()!.frame ?? null, ({ header }) => {
       if (header.kind === "data") update(header.home);
       else loads.value++;
     });
@@ -135,7 +135,7 @@ function Row({ row }: { row: ExperimentRow }) {
       <td class="headline">
         {headline && (
           <>
-            <Spark values={headline.spark} />
+            <Spark values={headline.spark} name={headline.spark_name ?? headline.name} />
             <b>{number(headline.value)}</b>
             <span class="hint" title={headline.name}>
               {headline.name}
@@ -153,7 +153,7 @@ function Row({ row }: { row: ExperimentRow }) {
 
 const SPARK = { width: 84, height: 20 };
 
-function Spark({ values }: { values: (number | null)[] }) {
+function Spark({ values, name }: { values: (number | null)[]; name: string }) {
   const known = values.filter((value): value is number => value !== null && Number.isFinite(value));
   if (known.length < 2) return <svg class="spark" width={SPARK.width} height={SPARK.height} aria-hidden="true" />;
   const low = Math.min(...known);
@@ -172,6 +172,7 @@ function Spark({ values }: { values: (number | null)[] }) {
   });
   return (
     <svg class="spark" width={SPARK.width} height={SPARK.height} aria-hidden="true">
+      <title>{shortened(name, 200)}</title>
       <path d={path} />
     </svg>
   );

@@ -25,7 +25,7 @@ let sending = 0;
 let polling: AbortController | null = null;
 
 /** Follow a topic from a frame on. Returns what ends it. */
-export function follow(topic: string, frame: number | null, receive: (columns: Columns) => void): () => void {
+export function subscribe(topic: string, frame: number | null, receive: (columns: Columns) => void): () => void {
   const entry = { frame, receive };
   topics.set(topic, entry);
   sendSoon();
@@ -80,7 +80,7 @@ function connect(): void {
     if (!wasOpen) refusals++;
     if (refusals >= REFUSALS_BEFORE_POLLING) {
       refusals = 0;
-      void pollForAWhile();
+      void pollForAMinute();
       return;
     }
     connection.value = "lost";
@@ -89,7 +89,7 @@ function connect(): void {
 }
 
 /** Poll for a minute, then try WebSocket again: what refused it may have been a server on its way up. */
-async function pollForAWhile(): Promise<void> {
+async function pollForAMinute(): Promise<void> {
   polling = new AbortController();
   const end = Date.now() + 60_000;
   let pause = POLL_MS;

@@ -1,12 +1,12 @@
 // The frame of all pages: bar, connection, keys, help; and which page a path shows.
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useErrorBoundary, useRef } from "preact/hooks";
 import { effect, signal } from "@preact/signals";
 import { canvasColours } from "./colours";
 import { ExperimentPage } from "./experiment";
 import { furtherPage } from "./further";
 import { HomePage } from "./home";
 import { connection } from "./live";
-import { Link } from "./parts";
+import { Failure, Link } from "./parts";
 import * as view from "./view";
 
 effect(() => void canvasColours.value); // sets the theme, before the first page is drawn
@@ -85,12 +85,22 @@ function Help() {
   );
 }
 
+const METRICS_PAGE = /\/metrics\/?$/;
+
+function Content({ path }: { path: string }) {
+  const [error] = useErrorBoundary();
+  const id = /^\/e\/([^/]+)/.exec(path)?.[1];
+  if (error) return <Failure error={`The page failed: ${error}. Load it again.`} />;
+  const further = furtherPage(path);
+  if (further) return further;
+  return id ? <ExperimentPage id={view.decoded(id)} onlyMetrics={METRICS_PAGE.test(path)} /> : <HomePage />;
+}
+
 export function Page() {
   useEffect(() => {
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
   }, []);
-  const found = /^\/e\/([^/]+)(\/metrics)?\/?$/.exec(view.path.value);
   return (
     <>
       <header class="top">
@@ -106,12 +116,7 @@ export function Page() {
           ?
         </button>
       </header>
-      {furtherPage(view.path.value) ??
-        (found ? (
-          <ExperimentPage key={found[1]} id={decodeURIComponent(found[1]!)} onlyMetrics={!!found[2]} />
-        ) : (
-          <HomePage />
-        ))}
+      <Content key={view.path.value.replace(METRICS_PAGE, "")} path={view.path.value} />
       <Help />
     </>
   );

@@ -3,7 +3,7 @@ import { useEffect, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
 import { signal } from "@preact/signals";
 import { clockAhead, RequestError } from "./api";
-import { duration, share } from "./format";
+import { duration, percent } from "./format";
 import type { State } from "./types";
 import { navigate } from "./view";
 
@@ -50,7 +50,7 @@ export function Progress({ value, state }: { value: number | null; state: State 
       <span class="bar">
         <span style={{ width: `${100 * Math.min(1, Math.max(0, value))}%` }} />
       </span>
-      {share(value)}
+      {percent(value)}
     </span>
   );
 }

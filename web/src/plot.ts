@@ -2,8 +2,8 @@
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { canvasColours, dashOf, hueOf } from "./colours";
-import { isRough, logMarks, lowerBound, NARROW, paddedRange, rounded, smoothed, stepsIn } from "./curves";
-import { count, deviating, elapsed, marks, number, roundMark } from "./format";
+import { isRough, logTicks, lowerBound, NARROW, paddedRange, rounded, smoothed, stepsIn } from "./curves";
+import { count, elapsed, number, roundTickText, tickTexts, withDeviation } from "./format";
 import type { Chart, Line, XAxis } from "./types";
 import type { Smoothing } from "./view";
 
@@ -38,7 +38,7 @@ interface Curve {
 const HEIGHT = 188;
 const HALF_LIVES: Partial<Record<Smoothing, number>> = { light: 0.005, medium: 0.02, strong: 0.06 };
 const MOST_IN_TOOLTIP = 10;
-const MARKS_APART = 34;
+const TICK_SPACE = 34;
 const TIME_DISTANCES = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 18_000, 36_000, 86_400, 172_800, 432_000];
 const SYNC = uPlot.sync("steps");
 
@@ -51,7 +51,7 @@ export class Plot {
   private bandsOver = 1;
   private view!: PlotView;
   private chart!: Chart;
-  private raised: string | null = null;
+  private highlighted: string | null = null;
   private xRange: [number, number] = [0, 1];
   private yRange: [number, number] = [0, 1];
   private readonly tooltip = document.createElement("div");
@@ -80,7 +80,7 @@ export class Plot {
     this.plot?.destroy();
     this.plot = new uPlot(this.options(hues, grid, text, axis), data, this.element);
     this.plot.over.append(this.tooltip);
-    this.raise(this.raised);
+    this.highlight(this.highlighted);
   }
 
   resize(): void {
@@ -89,8 +89,8 @@ export class Plot {
   }
 
   /** Put an arm's lines in front of the others. */
-  raise(arm: string | null): void {
-    this.raised = arm;
+  highlight(arm: string | null): void {
+    this.highlighted = arm;
     if (!this.plot) return;
     const known = arm !== null && this.curves.some(({ line }) => line.arm === arm);
     let index = 1;
@@ -219,7 +219,7 @@ export class Plot {
     const { x, log } = this.view;
     const series: uPlot.Series[] = [{}];
     for (const { colour, dash, raw } of this.curves) {
-      const points: uPlot.Series.Points = { filter: lonePoints, size: 5, fill: colour, stroke: colour, width: 0 };
+      const points: uPlot.Series.Points = { filter: isolatedPoints, size: 5, fill: colour, stroke: colour, width: 0 };
       if (raw) series.push({ stroke: colour, width: 1, points: { show: false }, spanGaps: false });
       series.push({ stroke: colour, width: 1.6, dash, points, spanGaps: false });
     }
@@ -241,24 +241,24 @@ export class Plot {
           size: 24,
           gap: 3,
           space: 58,
-          ...(x === "wall" ? {} : { values: (_, splits, __, ___, distance) => (x === "relative" ? splits.map(elapsed) : marks(splits, distance)) }),
+          ...(x === "wall" ? {} : { values: (_, splits, __, ___, distance) => (x === "relative" ? splits.map(elapsed) : tickTexts(splits, distance)) }),
           ...(x === "relative" ? { incrs: TIME_DISTANCES } : {}),
         },
         {
           ...common,
           size: (_, values) => Math.max(36, 10 + 6.4 * Math.max(0, ...(values ?? []).map((value) => value.length))),
           gap: 3,
-          space: MARKS_APART,
+          space: TICK_SPACE,
           ...(log
             ? {
-                splits: (plot, _, low, high) => logMarks(low, high, Math.max(2, plot.bbox.height / devicePixelRatio / MARKS_APART)),
+                splits: (plot, _, low, high) => logTicks(low, high, Math.max(2, plot.bbox.height / devicePixelRatio / TICK_SPACE)),
                 values: (plot, splits) => {
                   const values = splits.map((each) => 10 ** each);
                   const { min, max } = plot.scales.y!;
-                  return max! - min! < NARROW && values.length > 1 ? marks(values, values[1]! - values[0]!) : values.map(roundMark);
+                  return max! - min! < NARROW && values.length > 1 ? tickTexts(values, values[1]! - values[0]!) : values.map(roundTickText);
                 },
               }
-            : { values: (_, splits, __, ___, distance) => marks(splits, distance) }),
+            : { values: (_, splits, __, ___, distance) => tickTexts(splits, distance) }),
         },
       ],
       cursor: {
@@ -299,7 +299,7 @@ export class Plot {
     for (const { line, colour, low, high } of this.curves) {
       if (!low || !high) continue;
       ctx.fillStyle = colour;
-      ctx.globalAlpha = (line.kind === "band" ? 0.17 : 0.1) * (this.raised === null || this.raised === line.arm ? 1 : 0.3);
+      ctx.globalAlpha = (line.kind === "band" ? 0.17 : 0.1) * (this.highlighted === null || this.highlighted === line.arm ? 1 : 0.3);
       let start = 0;
       for (let i = 0; i <= low.length; i++) {
         if (i < low.length && Number.isFinite(low[i]!) && Number.isFinite(high[i]!)) continue;
@@ -366,7 +366,7 @@ export class Plot {
       const swatch = element("i", "");
       swatch.style.background = colour;
       const spread = line.kind === "band" && line.n > 1 ? (line.sd?.[i] ?? null) : null;
-      row.append(swatch, element("span", name), element("span", deviating(line.mean[i]!, spread)));
+      row.append(swatch, element("span", name), element("span", withDeviation(line.mean[i]!, spread)));
       rows.push(row);
     }
     if (found.length > near.length) rows.push(element("em", `and ${found.length - near.length} more`));
@@ -400,7 +400,7 @@ function nearest(sorted: Float64Array, value: number): number {
 }
 
 /** uPlot draws no line through a point between two gaps: such a point is drawn as a dot. */
-function lonePoints(plot: uPlot, index: number, areShown: boolean): number[] | null {
+function isolatedPoints(plot: uPlot, index: number, areShown: boolean): number[] | null {
   if (areShown) return null;
   const values = plot.data[index] as (number | null | undefined)[];
   const lone: number[] = [];

@@ -11,7 +11,15 @@ export interface ExperimentRow {
   tags: string[];
   arms: number;
   runs: Partial<Record<"total" | "planned" | State, number>>;
-  headline: { name: string; direction: Direction; value: number | null; arm: string | null; spark: (number | null)[] } | null;
+  headline: {
+    name: string;
+    direction: Direction;
+    value: number | null;
+    arm: string | null;
+    spark: (number | null)[];
+    /** The metric of the curve, which may be another one than the value's. */
+    spark_name?: string;
+  } | null;
   started: number | null;
   ended: number | null;
   last_event: number | null;

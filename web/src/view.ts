@@ -8,6 +8,18 @@ addEventListener("popstate", () => (place.value = read()));
 
 export const path = computed(() => place.value.path);
 
+/** The settings as a URL has them, for links that keep them. */
+export const search = computed(() => place.value.query.size ? location.search : "");
+
+/** A part of a path; as it is if it is not encoded well. */
+export function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 export function navigate(to: string): void {
   history.pushState(null, "", to);
   place.value = read();
@@ -81,11 +93,11 @@ export function next<T>(choices: readonly T[], value: T): T {
 }
 
 /** The chart under the pointer or the focus. */
-export const chartInHand = signal<string | null>(null);
+export const activeChart = signal<string | null>(null);
 
 /** Of the chart in hand, else of all. */
 export function toggleLog(): void {
-  logCharts.value = toggled(logCharts.value, chartInHand.value ?? "*");
+  logCharts.value = toggled(logCharts.value, activeChart.value ?? "*");
 }
 
 export function cycleX(): void {
@@ -109,4 +121,4 @@ export function toggleTheme(): void {
 }
 
 /** The arm under the pointer, in a table or a legend. */
-export const raisedArm = signal<string | null>(null);
+export const highlightedArm = signal<string | null>(null);

@@ -61,6 +61,11 @@ _MAIN: Final = "from evsys_bus.cli import main; main()"
     is_flag=True,
     help="Let EvSys' own client on this machine in with any key; see docs/dashboard.md.",
 )
+@click.option(
+    "--keep-days",
+    type=click.FloatRange(0, min_open=True),
+    help="Remove experiments without an event for so many days; default: keep all.",
+)
 @click.option("--stop", is_flag=True, help="Stop the running dashboard.")
 @click.option("--status", is_flag=True, help="Show whether one runs, and where; exit code 3 if none does.")
 @json_option
@@ -74,6 +79,7 @@ def command(
     imports: tuple[Path, ...],
     browser: bool,
     open_loopback: bool,
+    keep_days: float | None,
     stop: bool,
     status: bool,
     as_json: bool,
@@ -118,8 +124,7 @@ def command(
             threading.Thread(target=_import_noting_errors, args=(state, journals, screen), daemon=True).start()
 
     path = default_database() if db is None else db
-    path.parent.mkdir(parents=True, exist_ok=True)
-    serve(path, host=host, port=port, open_loopback=open_loopback, on_ready=on_ready)
+    serve(path, host=host, port=port, open_loopback=open_loopback, keep_days=keep_days, on_ready=on_ready)
     return 0
 
 
@@ -173,7 +178,9 @@ def open_for_run(screen: Screen) -> DashboardState:
         DashboardError: It could not be started.
     """
     state = start_dashboard()
-    screen.note(f"dashboard  {state.browser_url}\nit goes on after the run; stop it with: {STOP_COMMAND}")
+    # The log of a batch job may be read by others, so the token is shown on a terminal only.
+    shown = state.browser_url if is_terminal(sys.stderr) else f"{state.url}   (with its token: evsys-bus dash --status)"
+    screen.note(f"dashboard  {shown}\nit goes on after the run; stop it with: {STOP_COMMAND}")
     open_browser(state)
     return state
 

@@ -1,4 +1,6 @@
-"""The attempts of a run that was resumed, and which events of an earlier one a later one has replaced.
+"""The attempts of a run: how each starts and ends, and which events of an earlier one a later one has replaced.
+
+A run of several processes has the state of its lowest rank that trains; of another one only an error is shown.
 
 Attempts usually arrive in their order. If the events of an earlier one come late, as by an import, the points that a
 later one has made anew stay, and so does its state.
@@ -8,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from evsys_adapters.common.hook_arguments import field
+from evsys_adapters.dashboard.experiment_events import STATUSES
 from evsys_adapters.dashboard.records import RunRecord
-from evsys_adapters.dashboard.values import is_step
+from evsys_adapters.dashboard.values import is_step, json_fields
 from evsys_bus.events import Envelope
 from evsys_bus.journal.layout import stream_sort_key
 
 _STATE_EVENTS: Final = frozenset({"run_start", "train_start", "train_end", "run_end"})
+_INTERRUPTIONS: Final = ("KeyboardInterrupt", "CancelledError", "SystemExit", "GeneratorExit")
 _STEP_FIELDS: Final = {
     "eval": "step_idx",
     "benchmark_eval": "step",
@@ -47,14 +51,21 @@ class Attempts:
         return self._limits[key]
 
 
+def is_earlier(stream: str, time: float, other_stream: str, other_time: float) -> bool:
+    """Return whether a process started before another one: by the counters of their streams, and by time.
+
+    The counters alone do not show it, because a new journal counts from the beginning again.
+    """
+    return time < other_time and stream_sort_key(stream) < stream_sort_key(other_stream)
+
+
 def _limit(run: RunRecord, envelope: Envelope) -> int | None:
-    """Compare by the counters of the streams and by time, because a new journal counts from the beginning again."""
     own = run.starts.get(envelope.stream)
-    time, place = envelope.time if own is None else own[2], stream_sort_key(envelope.stream)
+    time = envelope.time if own is None else own[2]
     later = [
         step
         for stream, (rank, step, started) in run.starts.items()
-        if rank == envelope.rank and started > time and stream_sort_key(stream) > place
+        if rank == envelope.rank and is_earlier(envelope.stream, time, stream, started)
     ]
     return min(later, default=None)
 
@@ -70,3 +81,54 @@ def is_replaced(tag: str, parts: Mapping[str, Any], limit: int) -> bool:
     else:
         return False
     return not is_step(step) or step >= limit
+
+
+def reopen(run: RunRecord, envelope: Envelope) -> None:
+    """Forget how an earlier attempt ended."""
+    if _is_of_main_rank(run, envelope):
+        run.status = run.error = run.ended = run.stop_reason = None
+        run.finals = {}
+
+
+def end_training(run: RunRecord, state: object, envelope: Envelope) -> None:
+    """End a run with its training if it failed or was interrupted, or if no RunEnd will come."""
+    error, reason = field(state, "error"), field(state, "stop_reason")
+    if not _is_of_main_rank(run, envelope):
+        _add_error(run, error, envelope)
+        return
+    run.error = None if error is None else str(error)
+    status = "completed"
+    if run.error is not None:
+        status = "cancelled" if run.error.startswith(_INTERRUPTIONS) else "failed"
+    elif field(state, "stopped_early"):
+        status = "cancelled"
+    elif field(state, "stop_requested"):
+        status = "stopped"
+        run.stop_reason = str(reason) if reason else "stopped"
+    if run.has_start and status in {"completed", "stopped"}:
+        return  # evaluation follows, and then its end
+    run.status, run.ended = status, envelope.time
+
+
+def end_run(run: RunRecord, result: object, envelope: Envelope) -> None:
+    """End a run by its result."""
+    status, error = field(result, "status"), field(result, "error")
+    if not _is_of_main_rank(run, envelope):
+        _add_error(run, error, envelope)
+        return
+    run.status = status if isinstance(status, str) and status in STATUSES else "completed"
+    if run.status == "completed" and run.stop_reason:
+        run.status = "stopped"
+    run.error = str(error) if error else None
+    run.ended = envelope.time
+    run.summary = json_fields(field(result, "metrics")) | run.summary
+
+
+def _is_of_main_rank(run: RunRecord, envelope: Envelope) -> bool:
+    run.rank = min(run.rank, envelope.rank)
+    return envelope.rank == run.rank
+
+
+def _add_error(run: RunRecord, error: object, envelope: Envelope) -> None:
+    if error is not None and run.error is None:
+        run.error = f"rank {envelope.rank}: {error}"

@@ -21,11 +21,11 @@ from evsys_adapters.common.hook_arguments import (
 )
 from evsys_adapters.common.logged_values import TRAIN, prefixed
 from evsys_adapters.dashboard import details, evals, hosted_records, records
-from evsys_adapters.dashboard.attempts import Attempts, is_replaced
+from evsys_adapters.dashboard.attempts import Attempts, end_run, end_training, is_earlier, is_replaced, reopen
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.details import Details, JournalStatus
 from evsys_adapters.dashboard.evals import Evals
-from evsys_adapters.dashboard.experiment_events import STATUSES, end_experiment, start_experiment
+from evsys_adapters.dashboard.experiment_events import end_experiment, start_experiment
 from evsys_adapters.dashboard.hosted_records import HostedRecords
 from evsys_adapters.dashboard.records import Records, RunIdentity, RunRecord, as_uuid
 from evsys_adapters.dashboard.series import Changes, SeriesStore
@@ -45,7 +45,6 @@ from evsys_bus.reading import JOURNAL
 
 _MAX_NAMES: Final = 100_000
 _MAX_RANK: Final = 1 << 31
-_INTERRUPTIONS: Final = ("KeyboardInterrupt", "CancelledError", "SystemExit", "GeneratorExit")
 _PACE_WEIGHT: Final = 0.1
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
 """Events that come from threads beside the training, so that it may have stalled nevertheless."""
@@ -251,18 +250,21 @@ class Catalogue:
     # -- identity
 
     def _run_of(self, envelope: Envelope, handle: object) -> RunRecord:
-        """Return the run of an event; a new one if there is none."""
+        """Return the run of an event; a new one if there is none.
+
+        The first state of a stream has the whole context, if nothing before it had.
+        """
         key = (envelope.stream, envelope.run, field(handle, "output_dir"))
         known = self._routes.get(key)
-        if known is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
-            known = self.records.find("run key", envelope.run)
         run = None if known is None else self.records.run(known)
+        if run is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
+            run = self.records.find_by_key(envelope.run, envelope.time)
         if run is None:
             run = self.records.find_run(_identity(envelope, handle), envelope.time)
             if run.step is None and not run.has_start:
                 run.rank = envelope.rank
             self._routes[key] = run.id
-            self.records.name("run key", run.key, run.id)
+            self._add_context(run, run_context(handle), replace=False)
         return run
 
     def _forget_routes(self, envelope: Envelope) -> None:
@@ -287,7 +289,7 @@ class Catalogue:
         if tag in {"experiment_start", "group_start", "experiment_end"}:
             self._add_to_experiment(tag, parts, envelope, changes)
         elif tag == "learnt":
-            self._annotate(parts, changes)
+            self._annotate(parts, envelope.time, changes)
         elif tag in _STATUS_EVENTS:
             self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
@@ -357,14 +359,14 @@ class Catalogue:
 
     def _start_run(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         del parts
-        _reopen(run)
+        reopen(run, envelope)
         run.has_start = True
         run.started = envelope.time if run.started is None else min(run.started, envelope.time)
 
     def _start_training(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         """Remove what an earlier training has from this step on: the one that starts makes it anew."""
         state, rank = parts["state"], envelope.rank
-        _reopen(run)
+        reopen(run, envelope)
         self._set_num_steps(run, field(state, "num_steps"))
         step = field(state, "step")
         if not is_step(step):
@@ -458,31 +460,11 @@ class Catalogue:
         self.details.add_alert(run.id, title, text, level or "warning", envelope.time)
 
     def _end_training(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
-        state = parts["state"]
-        error, reason = field(state, "error"), field(state, "stop_reason")
-        run.error = None if error is None else str(error)
-        status = "completed"
-        if run.error is not None:
-            status = "cancelled" if run.error.startswith(_INTERRUPTIONS) else "failed"
-        elif field(state, "stopped_early"):
-            status = "cancelled"
-        elif field(state, "stop_requested"):
-            status = "stopped"
-            run.stop_reason = str(reason) if reason else "stopped"
-        if run.has_start and status in {"completed", "stopped"}:
-            return  # evaluation follows, and then its end
-        run.status, run.ended = status, envelope.time
+        end_training(run, parts["state"], envelope)
 
     def _end_run(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
-        result, arm = parts.get("run_result"), parts.get("arm")
-        status: object = field(result, "status")
-        run.status = status if isinstance(status, str) and status in STATUSES else "completed"
-        if run.status == "completed" and run.stop_reason:
-            run.status = "stopped"
-        error = field(result, "error")
-        run.error = str(error) if error else None
-        run.ended = envelope.time
-        run.summary = json_fields(field(result, "metrics")) | run.summary
+        end_run(run, parts.get("run_result"), envelope)
+        arm = parts.get("arm")
         values: dict[str, float] = {}
         for name, value in fields(field(arm, "eval_metrics")).items():
             add_value(str(name), value, values, {})
@@ -491,9 +473,8 @@ class Catalogue:
         if run.arm is None and isinstance(name, str) and name != run.key:
             run.arm = name
 
-    def _annotate(self, parts: Mapping[str, Any], changes: Changes) -> None:
-        known = self.records.find("run key", str(parts.get("run")))
-        run = None if known is None else self.records.run(known)
+    def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
+        run = self.records.find_by_key(str(parts.get("run")), time)
         if run is not None:
             run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
@@ -519,8 +500,12 @@ class Catalogue:
         ctx = parts.get("ctx")
         experiment = self.records.find_experiment(_identity(envelope, ctx), envelope.time)
         experiment.last = max(envelope.time, experiment.last or 0.0)
+        is_late = experiment.start is not None and is_earlier(envelope.stream, envelope.time, *experiment.start)
         match tag:
+            case "experiment_start" | "experiment_end" if is_late:  # a later attempt is known already
+                pass
             case "experiment_start":
+                experiment.start = (envelope.stream, envelope.time)
                 start_experiment(experiment, json_fields(field(ctx, "config")), envelope.time)
             case "group_start":
                 add_names(experiment.groups, [str(parts.get("group_name"))])
@@ -556,12 +541,6 @@ class Catalogue:
             self._series.add_row(run.id, 0, step, time, values)
         self._add_progress(run, 0, time, step)
         return result
-
-
-def _reopen(run: RunRecord) -> None:
-    """Forget how an earlier attempt ended."""
-    run.status = run.error = run.ended = run.stop_reason = None
-    run.finals = {}
 
 
 def _without_handles(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,15 +239,14 @@ def unpack_records(rows: Sequence[tuple[int, bytes]], bits: int, scale: int) -> 
     import numpy as np
 
     full = 1 << (CHUNK_BITS - bits)
-    every = range(full)
-    numbers: list[int] = []
+    every = np.arange(full, dtype=np.int64)
+    numbers: list[NDArray[Any]] = []
     bodies: list[bytes] = []
     for number, body in rows:
         count = full if len(body) == full * RECORD.size else len(body) // (RECORD.size + 1)
-        base = number * full
-        numbers.extend([base + bucket for bucket in (every if count == full else body[:count])])
+        numbers.append(number * full + (every if count == full else np.array(list(body[:count]), dtype=np.int64)))
         bodies.append(body if count == full else body[count:])
-    starts = np.array(numbers, dtype=np.int64) << (bits + scale)
+    starts = np.concatenate(numbers) << (bits + scale)
     return starts, np.frombuffer(b"".join(bodies), dtype=record_dtype())
 
 

@@ -5,6 +5,7 @@ mean a full disk, another writer or damage. SQL outside of this module is what S
 ``INTEGER PRIMARY KEY``, ``BLOB``, ``ON CONFLICT … DO UPDATE`` and ``?`` for a value.
 """
 
+import os
 import sqlite3
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,9 +29,15 @@ class StoreError(EvsysBusError, OSError):
             store that must be opened again after an error.
     """
 
+    code = "EB907"
+
     def __init__(self, what: str, *, problem: Problem, fix: str, why: str | None = None) -> None:
         super().__init__(what, fix=fix, why=why)
         self.problem: Final = problem
+
+
+_PRIVATE: Final = 0o600
+_PERMISSIONS: Final = 0o777
 
 
 class Database(Protocol):
@@ -82,11 +89,12 @@ class SqliteDatabase:
         StoreError: It cannot be opened, or another process has it open.
     """
 
-    def __init__(self, path: str | Path, *, timeout_seconds: float = 5.0) -> None:
+    def __init__(self, path: str | Path, *, timeout_seconds: float = 1.0) -> None:
         self.path: Final = Path(path)
         self._depth = 0
         self._undone = False
         self._lock = self._acquire_lock()
+        self._make_private()
         try:
             self._connection = sqlite3.connect(
                 self.path, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
@@ -181,6 +189,18 @@ class SqliteDatabase:
                 self._connection.execute("ROLLBACK")
             except sqlite3.Error:
                 pass  # the error that led here is raised; an unfinished transaction is undone when the file is opened
+
+    def _make_private(self) -> None:
+        """Let only its user read the file, and what SQLite creates beside it: home folders may be open to others."""
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _PRIVATE)
+            try:
+                if os.fstat(file).st_mode & ~_PRIVATE & _PERMISSIONS:
+                    os.fchmod(file, _PRIVATE)
+            finally:
+                os.close(file)
+        except OSError:
+            pass  # connecting fails with the reason; and a file of another owner stays as it is
 
     def _acquire_lock(self) -> FileLock:
         path = self.path.with_name(f"{self.path.name}.lock")

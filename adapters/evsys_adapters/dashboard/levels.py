@@ -3,6 +3,7 @@
 Widths are powers of two. A width is made of the widest stored buckets that fit into it, or of points where none do.
 """
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,7 @@ from evsys_adapters.dashboard.chunks import (
     RECORD,
     Chunk,
     Record,
+    Steps,
     point_arrays,
     record_dtype,
     unpack_records,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ALL_STEPS: Final = 1 << 60
+_EXACT_CHUNKS: Final = 2
+"""The buckets of so few chunks are counted by their points, those of more chunks are estimated by their records."""
 
 
 class SeriesColumns(msgspec.Struct, frozen=True):
@@ -89,16 +93,22 @@ def _fitting_bits(database: Database, series: Series, low: int, high: int, bucke
 
     shift = CHUNK_BITS + series.scale
     numbers = [each for each in series.numbers(database) if low >> shift <= each <= high >> shift]
-    if not numbers:
-        return bits
     records = [series.record(database, each) for each in numbers]
-    points = np.array([record.finite + record.bad for record in records], dtype=np.int64)
-    starts = np.array(numbers, dtype=np.int64) << shift
-    ends = np.minimum(starts + ((1 << shift) - 1), high)
-    starts = np.maximum(starts, low)
+    counts = np.array([record.finite + record.bad for record in records], dtype=np.int64)
+    if counts.sum() <= buckets:
+        return bits
+    if len(numbers) <= _EXACT_CHUNKS:  # they may have points in a few of their steps only
+        chunks = [series.chunk(database, each) for each in numbers]
+        steps = np.concatenate([_step_array(_points_in_range(chunk, low, high)[0]) for chunk in chunks])
+        while len(np.unique(steps >> bits)) > buckets:
+            bits += 1
+        return bits
+    ends = (np.array(numbers, dtype=np.int64) + 1 << shift) - 1
+    ends = np.minimum(ends, min(high, series.last_step(database)))
+    starts = np.maximum(np.array(numbers, dtype=np.int64) << shift, low)
     while True:
         if bits < shift:
-            found = int(np.minimum(points, (ends >> bits) - (starts >> bits) + 1).sum())
+            found = int(np.minimum(counts, (ends >> bits) - (starts >> bits) + 1).sum())
         else:
             found = len(np.unique(starts >> bits))
         if found <= buckets:
@@ -119,7 +129,9 @@ def _columns(database: Database, series: Series, low: int, high: int, bits: int)
         stored = [number for number in numbers if number not in series.chunks]
         if stored:
             parts += _stored_parts(database, series, stored, bits - series.scale)
-        parts += [_points_in_memory(series.chunks[number], low, high) for number in numbers if number in series.chunks]
+        open_chunks = [series.chunks[number] for number in numbers if number in series.chunks]
+        for steps, values in (_points_in_range(chunk, low, high) for chunk in open_chunks):
+            parts.append((_step_array(steps), _table_of_points(np.array(values))))
     return _bucketed(series.id, parts, low, high, bits)
 
 
@@ -146,16 +158,17 @@ def _stored_parts(
     return [(starts, _table(records))]
 
 
-def _points_in_memory(chunk: Chunk, low: int, high: int) -> "tuple[NDArray[Any], NDArray[Any]]":
+def _points_in_range(chunk: Chunk, low: int, high: int) -> "tuple[Steps, array[float]]":
+    begin, end = bisect_left(chunk.steps, low), bisect_right(chunk.steps, high)
+    return chunk.steps[begin:end], chunk.values[begin:end]
+
+
+def _step_array(steps: Steps) -> "NDArray[np.int64]":
     import numpy as np
 
-    begin, end = bisect_left(chunk.steps, low), bisect_right(chunk.steps, high)
-    steps = chunk.steps[begin:end]
     if isinstance(steps, range):
-        numbers = np.arange(steps.start, steps.stop, steps.step, dtype=np.int64)
-    else:
-        numbers = np.array(steps, dtype=np.int64)
-    return numbers, _table_of_points(np.array(chunk.values[begin:end]))
+        return np.arange(steps.start, steps.stop, steps.step, dtype=np.int64)
+    return np.array(steps, dtype=np.int64)
 
 
 def _table(records: "NDArray[Any]") -> "NDArray[np.float64]":

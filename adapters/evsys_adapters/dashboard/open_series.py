@@ -25,6 +25,7 @@ class Series:
     __slots__ = (
         "_before_tail",
         "_heads",
+        "_stored_last",
         "_summary",
         "_tail",
         "chunks",
@@ -60,6 +61,9 @@ class Series:
             {} if is_new else None
         )  # number of a chunk in the database -> its record
         self._tail: int | None = None  # number of the last chunk with points, if known
+        self._stored_last: tuple[int, int] | None = (
+            None  # number of the last chunk and its last step, from the database
+        )
         self._before_tail: Record | None = None  # the record of all chunks before that one, if known
         self._summary: tuple[int, Record] | None = None  # last step and record as the database has them
         if summary:
@@ -109,6 +113,16 @@ class Series:
             self._tail = max(self.numbers(database), default=None)
         return self._tail
 
+    def last_step(self, database: Database) -> int:
+        """Return the last step. The series must have points."""
+        tail = self.tail(database)
+        assert tail is not None
+        if tail in self.chunks:
+            return self.chunks[tail].steps[-1]
+        if self._stored_last is None or self._stored_last[0] != tail:
+            self._stored_last = tail, self.chunk(database, tail).steps[-1]
+        return self._stored_last[1]
+
     def chunk(self, database: Database, number: int) -> Chunk:
         """Return a chunk from memory or from the database; a new one where there is none."""
         chunk = self.chunks.get(number)
@@ -129,18 +143,18 @@ class Series:
 
     def cut(self) -> None:
         """Note that chunks lost points."""
-        self._tail = self._before_tail = None
+        self._tail = self._before_tail = self._stored_last = None
 
     def clear(self, scale: int) -> None:
         """Note that the database has no chunk of it any more, and continue with another scale."""
         self.scale = scale
         self.chunks, self._heads = {}, {}
-        self._tail = self._before_tail = None
+        self._tail = self._before_tail = self._stored_last = None
 
     def rest(self) -> None:
         """Leave nothing in memory but the summary. The database must have all of it."""
         self.chunks, self._heads = {}, None
-        self._tail = self._before_tail = None
+        self._tail = self._before_tail = self._stored_last = None
 
     def written(self, number: int, record: Record | None) -> None:
         """Note the record of a chunk that the database has now, None if it was removed there."""
@@ -160,7 +174,7 @@ class Series:
         if self._before_tail is None:
             earlier = [self.record(database, number) for number in self.numbers(database) if number != tail]
             self._before_tail = merge(earlier)
-        return self.chunk(database, tail).steps[-1], merge((self._before_tail, self.record(database, tail)))
+        return self.last_step(database), merge((self._before_tail, self.record(database, tail)))
 
     def pack_summary(self, database: Database) -> bytes | None:
         """Return the summary as the database has it from now on."""

@@ -154,6 +154,7 @@ class _View:
         self._series: Final = {run.id: _by_name(store.series.names(run.id)) for run in self._runs}
         self._last_stage: Final = next((stage for run in reversed(self._runs) if (stage := _stage(run))), None)
         self._arms: Final = self._find_arms()
+        self._compared_runs: Final = [self._compared(arm) for arm in self._arms]
         self._headlines: Final = self._find_headlines()
 
     @property
@@ -232,7 +233,11 @@ class _View:
         return [run for run in runs if self._states[run.id] not in _LEFT_OUT] or runs
 
     def _spread(self, arm: _Arm, name: str) -> Spread:
-        return spread_of(self._value(run, name) for run in self._compared(arm))
+        values = [self._value(run, name) for run in self._compared(arm)]
+        try:
+            return spread_of(values)
+        except OverflowError:  # numbers near the largest ones
+            return Spread(None, None, 0, sum(value is not None for value in values))
 
     def _baseline(self) -> _Arm | None:
         config = self._record.config
@@ -478,15 +483,21 @@ class _View:
 
         Rounded, so that the order does not change with each step of a run in progress.
         """
-        spreads = [spread for arm in self._arms if (spread := self._spread(arm, name)).mean is not None]
-        between = spread_of(spread.mean for spread in spreads).sd
+        means: list[float] = []
+        variances: list[float] = []
+        for runs in self._compared_runs:
+            values = [value for run in runs if (value := _finite(self._value(run, name))) is not None]
+            if values:
+                mean, variance = _mean_and_variance(values)
+                means.append(mean)
+                variances += [] if variance is None else [variance]
+        between = 0.0 if len(means) < 2 else math.sqrt(_mean_and_variance(means)[1] or 0.0)  # noqa: PLR2004 # one arm
         if not between:
             return -9
-        inside = [spread.sd for spread in spreads if spread.sd is not None]
-        scale = math.sqrt(sum(sd * sd for sd in inside) / len(inside)) if inside else 0.0
-        scale = scale or max(abs(spread.mean or 0.0) for spread in spreads)
+        scale = math.sqrt(sum(variances) / len(variances)) if variances else 0.0
+        scale = scale or max(map(abs, means))
         ratio = between / scale if scale else between
-        return round(math.log10(min(max(ratio, 1e-9), 1e9)))
+        return round(math.log10(min(max(ratio, 1e-9), 1e9))) if math.isfinite(ratio) else 9
 
 
 def _by_name(infos: Iterable[SeriesInfo]) -> dict[str, SeriesInfo]:
@@ -496,6 +507,16 @@ def _by_name(infos: Iterable[SeriesInfo]) -> dict[str, SeriesInfo]:
         if info.last_step is not None:
             found.setdefault(info.name, info)
     return found
+
+
+def _mean_and_variance(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean, and the sample variance of several values.
+
+    Thousands of metrics are put in order several times a second, for which `spread_of` is too exact.
+    """
+    mean = sum(values) / len(values)
+    rest = len(values) - 1
+    return mean, sum((value - mean) * (value - mean) for value in values) / rest if rest else None
 
 
 def _stage(run: RunRecord) -> str | None:
@@ -535,7 +556,7 @@ def _delta(spread: Spread, reference: Spread | None) -> Json:
         return {"delta": None, "delta_sd": None}
     error = None
     if spread.sd is not None and reference.sd is not None:
-        error = math.sqrt(spread.sd**2 / spread.n + reference.sd**2 / reference.n)
+        error = math.hypot(spread.sd / math.sqrt(spread.n), reference.sd / math.sqrt(reference.n))
     return {"delta": spread.mean - reference.mean, "delta_sd": error}
 
 

@@ -44,6 +44,8 @@ class ExperimentRecord(msgspec.Struct, omit_defaults=True):
     uuid: str | None = None
     has_start: bool = False
     """Whether it has an ExperimentStart, so that it goes on until its end event."""
+    start: tuple[str, float] | None = None
+    """Stream and time of its newest ExperimentStart."""
     status: str | None = None
     """By its end event; None while it is open."""
     hypothesis: str | None = None
@@ -271,6 +273,14 @@ class Records:
             found.append(known)
         return found
 
+    def find_by_key(self, key: str, time: float) -> RunRecord | None:
+        """Return the run of this key; of several, that whose newest event is nearest to a time."""
+        rows = self._database.query(
+            "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
+        )
+        found = [run for (id_,) in rows if (run := self.run(int(id_))) is not None]
+        return min(found, key=lambda run: abs((run.last or 0.0) - time), default=None)
+
     def find_experiment(self, identity: RunIdentity, time: float) -> ExperimentRecord:
         """Return the experiment of an event; a new one if there is none."""
         known = self._find("experiment", identity.stream, identity.root, identity.experiment_id)
@@ -304,14 +314,14 @@ class Records:
                 record = None if known is None else self.experiment(known) if kind == "experiment" else self.run(known)
                 return known if record is not None and record.uuid is None else None
             return known
-        known = self.find(f"{kind} stream", f"{stream}\0{path}")
+        known = self.find(f"{kind} stream", f"{stream}\n{path}")
         return self.find(f"{kind} path", path) if known is None else known
 
     def _remember(
         self, kind: Kind, record: ExperimentRecord | RunRecord, stream: str, path: str, public: str | None
     ) -> None:
         self.name(f"{kind} path", path, record.id)
-        self.name(f"{kind} stream", f"{stream}\0{path}", record.id)
+        self.name(f"{kind} stream", f"{stream}\n{path}", record.id)
         if public is not None and record.uuid is None:
             self.name(kind, public, record.id)
             record.uuid = public
@@ -332,6 +342,7 @@ class Records:
         """Add a new run."""
         self._runs[record.id] = record
         self.name("run", record.public, record.id)
+        self.name("run key", f"{record.key}\n{record.id}", record.id)
         self.touch(record)
         self._changed_progress.add(record.id)
 

@@ -16,7 +16,7 @@ from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError
 from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import Changes, SeriesStore
-from evsys_bus.codec import RunContexts, decode
+from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError, EvsysBusError
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ class Store:
         self._factory: Final = catalogue
         self._checkpoint_points: Final = checkpoint_points
         self._timeout_seconds: Final = timeout_seconds
-        self._contexts: Final = RunContexts()
         self._watermarks: Final[dict[str, int]] = {}
         self._changes: Changes | None = None
         self._failed = False
@@ -94,7 +93,7 @@ class Store:
         *,
         catalogue: Callable[[Database, SeriesStore], Catalogue] = Catalogue,
         checkpoint_points: int = 400_000,
-        timeout_seconds: float = 5.0,
+        timeout_seconds: float = 1.0,
     ) -> "Self":
         """Open a database, created if needed, bring it to this version, and apply the log that a kill left.
 
@@ -191,7 +190,7 @@ class Store:
             try:
                 for payload in payloads:
                     try:
-                        envelope = decode(payload, self._contexts)
+                        envelope = decode(payload)
                     except CodecError:
                         previous = _sequence_of(payload, previous + 1)
                         unreadable += previous > sequence

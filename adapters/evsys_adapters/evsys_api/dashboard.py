@@ -35,7 +35,7 @@ from evsys_bus.codec import encode
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, ParkedError, RetryLaterError
 from evsys_bus.events import Envelope
-from evsys_bus.journal import JournalReader
+from evsys_bus.journal import JournalReader, TailReader
 
 if TYPE_CHECKING:
     import aiohttp
@@ -45,6 +45,8 @@ PROTOCOL: Final = 1
 IDLE_SECONDS: Final = 2.0
 """How often a dashboard is looked for, and how often what couriers publish is sent."""
 IMPORT_POLL_SECONDS: Final = 0.25
+LIVE_BATCH_SECONDS: Final = 0.1
+"""How long an event waits for more of the same batch: viewers see it within a third of a second."""
 _COMPRESSED_FROM_BYTES: Final = 1024
 _MAX_PART_BYTES: Final = 1 << 20
 """Size of a request with events of couriers."""
@@ -89,6 +91,10 @@ class DashboardDelivery:
         self.url: str | None = url
         """URL of the dashboard; None while none is running."""
         self._token = token
+        self._tails: Final[dict[str, TailReader]] = {}
+        """What reads the couriers' streams."""
+        self._finished_streams: Final[set[str]] = set()
+        """Those that no writer continues, and that were sent."""
         self._import_id: str | None = None
         self._has_imported = False
         """Whether the dashboard has read the journal since the last delivered event."""
@@ -158,20 +164,31 @@ class DashboardDelivery:
         if self.journal is None:
             return
         reader = JournalReader(self.journal)
-        for stream in reader.streams("c"):
-            payloads: list[bytes] = []
-            size, last = 0, self._delivered.get(stream, 0)
-            for run in reader.tail(stream, last).poll_runs():
-                if run.is_carried:
-                    continue
-                for last, payload in enumerate(run.payloads, run.first_sequence):
-                    payloads.append(bytes(payload))
-                    size += len(payload)
-                    if size > _MAX_PART_BYTES:
-                        await self._send(stream, payloads, last)
-                        payloads, size = [], 0
-            if payloads:
-                await self._send(stream, payloads, last)
+        names = reader.streams("c")
+        for stream in names:
+            if stream in self._finished_streams:
+                continue
+            is_finished = stream != names[-1] and not reader.is_live(stream)  # checked before it is read
+            tail = self._tails.pop(stream, None) or reader.tail(stream, self._delivered.get(stream, 0))
+            await self._send_new(stream, tail)
+            if is_finished:
+                self._finished_streams.add(stream)
+            else:
+                self._tails[stream] = tail  # not after a failure: it is read again from the last acknowledged event
+
+    async def _send_new(self, stream: str, tail: TailReader) -> None:
+        """Send what a stream has from the tail's position on."""
+        payloads: list[bytes] = []
+        size = last = 0
+        for run in tail.poll_runs():
+            for last, payload in enumerate(() if run.is_carried else run.payloads, run.first_sequence):
+                payloads.append(bytes(payload))
+                size += len(payload)
+                if size > _MAX_PART_BYTES:
+                    await self._send(stream, payloads, last)
+                    payloads, size = [], 0
+        if payloads:
+            await self._send(stream, payloads, last)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -15,6 +15,7 @@ from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.dashboard import (
     IDLE_SECONDS,
     IMPORT_POLL_SECONDS,
+    LIVE_BATCH_SECONDS,
     DashboardDelivery,
     NotConnectedError,
     was_killed,
@@ -128,6 +129,8 @@ class EvsysSink(Sink):
                 self._target = "hosted" if has_api_key(self.config) else "dashboard"
             else:
                 self._target = "dashboard" if await self._open_dashboard().is_dashboard() else "hosted"
+            if self._target == "dashboard":
+                self.max_batch_seconds = LIVE_BATCH_SECONDS
         return self._target
 
     def _forget_target(self) -> None:
@@ -172,7 +175,7 @@ class EvsysSink(Sink):
         now = time.monotonic()
         if now >= self._courier_events_due:
             self._courier_events_due = now + IDLE_SECONDS
-            with suppress(DeliveryError):  # they are sent again with the next batch
+            with suppress(DeliveryError, OSError):  # they are sent again with the next batch
                 await dashboard.send_courier_events()
         return done
 

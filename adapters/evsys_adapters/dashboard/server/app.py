@@ -4,6 +4,7 @@ import base64
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,14 @@ from evsys_adapters.dashboard import hosted, pages
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
-from evsys_adapters.dashboard.server.charts import ChartsQuery, read_charts
+from evsys_adapters.dashboard.server.charts import ChartsQuery, encode_charts
 from evsys_adapters.dashboard.server.guards import HOSTED_PATH, SUBPROTOCOL, Guard
 from evsys_adapters.dashboard.server.imports import JournalImports
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
+from evsys_adapters.dashboard.server.retention import remove_old
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.server.view_routes import ViewRoutes, page_for_browsers
 from evsys_adapters.dashboard.state_file import SERVICE
@@ -54,6 +56,10 @@ class DashboardSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Names besides those of loopback by which it is reached."""
     open_loopback: bool = False
     """Whether the routes of the hosted service accept any token from this machine."""
+    keep_days: float | None = None
+    """Experiments without an event for so many days are removed (`retention`); None keeps all."""
+    retention_seconds: float = 60.0
+    """When that happens first, after the start; then daily."""
     page_folder: Path = Path(__file__).parent.parent / "_web"
     bodies: BodyLimits = BodyLimits()
     live: LiveLimits = LiveLimits()
@@ -82,10 +88,13 @@ class DashboardApp:
         self.hub: Final = LiveHub(store, settings.live)
         self._ingester: Final = Ingester(store, self._publish)
         self._imports: Final = JournalImports(store, self._ingester)
+        self._keep_days: Final = settings.keep_days
+        self._retention_seconds: Final = settings.retention_seconds
         self._last_ingest = time.monotonic()
         self._version: Final = version("evsys-bus")
+        self._page: Final = PageFiles(settings.page_folder)
         app = Starlette(
-            routes=self._routes(PageFiles(settings.page_folder)),
+            routes=self._routes(),
             exception_handlers={
                 AnswerError: _answer_error,
                 HTTPException: _answer_http_error,
@@ -107,12 +116,12 @@ class DashboardApp:
         viewed = time.monotonic() if self.hub.clients or self._imports.is_running else self.hub.last_viewed
         return max(viewed, self._last_ingest)
 
-    def _routes(self, page: PageFiles) -> list[BaseRoute]:
+    def _routes(self) -> list[BaseRoute]:
         hosted_routes = [
             Route(f"{HOSTED_PATH}sdk/data{slash}", self._hosted_gateway, methods=["POST"]) for slash in ("", "/")
         ]
         return [
-            Route("/health", page_for_browsers(page.index, self._health)),
+            Route("/health", page_for_browsers(self._page.index, self._health)),
             Route("/api/openapi.json", self._openapi),
             Route("/api/ingest", self._ingest, methods=["POST"]),
             Route("/api/import", self._start_import, methods=["POST"]),
@@ -126,8 +135,8 @@ class DashboardApp:
             *hosted_routes,
             Route(HOSTED_PATH + "{path:path}", self._hosted_rest, methods=["POST"]),
             Route("/api/{path:path}", _no_such_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
-            Route("/assets/{name}", page.asset),
-            Route("/{path:path}", page.index),
+            Route("/assets/{name}", self._page.asset),
+            Route("/{path:path}", self._page.index),
         ]
 
     @contextlib.asynccontextmanager
@@ -135,10 +144,13 @@ class DashboardApp:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
             tasks.start_soon(self._imports.run)
+            tasks.start_soon(partial(remove_old, self._store, self._keep_days, first_seconds=self._retention_seconds))
             yield
             tasks.cancel_scope.cancel()
 
-    async def _health(self, _: Request) -> Response:
+    async def _health(self, request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):  # a browser: the page of that name
+            return await self._page.index(request)
         store_id = await self._store.call(lambda store: store.id)
         return json_response(
             {
@@ -163,7 +175,10 @@ class DashboardApp:
         async with self._bodies.read_envelopes(request) as payloads:
             self._last_ingest = time.monotonic()
             totals = await self._ingester.ingest(stream, int(after), payloads)
-        return json_response(totals._asdict())
+        answer = totals._asdict()
+        if not totals.unreadable:
+            del answer["unreadable"]
+        return json_response(answer)
 
     async def _start_import(self, request: Request) -> Response:
         body = await self._bodies.read_json(request)
@@ -196,7 +211,7 @@ class DashboardApp:
     async def _charts(self, request: Request) -> Response:
         query = self._convert(await self._bodies.read_json(request), ChartsQuery)
         frame = self.hub.number
-        body = await self._store.call(read_charts, query, frame)
+        body = await self._store.call(encode_charts, query, frame)
         return await compressed_response(request, body, "application/octet-stream")
 
     async def _poll(self, request: Request) -> Response:

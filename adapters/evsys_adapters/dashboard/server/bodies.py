@@ -4,7 +4,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 
@@ -168,8 +168,10 @@ def _decompressor(encoding: str) -> _Decompressor:
     )
 
 
+@cache
 def _zstd() -> Any:
     """Return Python's zstd module, which 3.14 has."""
+    # Once: without the module, the search for it takes longer than to decompress a small body.
     try:
         from compression import zstd  # type: ignore[import-not-found] # not in the oldest supported version
     except ImportError:

@@ -79,18 +79,39 @@ class Curve(NamedTuple):
     sd: "Numbers | None" = None
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """A member with its curve."""
 
     member: Member
     curve: Curve
+    last: float | None
+    """The last bucket that was read, which may be left out of the curve; None if the range has none."""
     points: int
     """Finite values of the whole series."""
     bad: int
     """Its other values."""
 
 
-def read_charts(store: Store, query: ChartsQuery, frame: int) -> bytes:
+class Clock(NamedTuple):
+    """When a run reached its steps."""
+
+    steps: "Numbers"
+    seconds: "Numbers"
+    start: float
+
+
+class Chart(NamedTuple):
+    """What was read for a chart."""
+
+    query: ChartQuery
+    width: int
+    """Steps of a bucket."""
+    drawn: list[Drawn]
+    clocks: dict[int, Clock]
+    """Run -> clock, where the axis is time."""
+
+
+def encode_charts(store: Store, query: ChartsQuery, frame: int) -> bytes:
     """Return the columns of charts. Raises AnswerError if the experiment does not exist.
 
     Args:
@@ -99,20 +120,17 @@ def read_charts(store: Store, query: ChartsQuery, frame: int) -> bytes:
         frame: The number of the last live frame; later ones have what has changed since.
     """
     writer = ColumnWriter()
-    charts = [read_chart(store, query.experiment, each, writer) for each in query.charts]
+    charts = [add_chart(read_chart(store, query.experiment, each), writer) for each in query.charts]
     return writer.encode({"charts": charts, "frame": frame})
 
 
-def read_chart(
-    store: Store, experiment: str, query: ChartQuery, writer: ColumnWriter, width: int | None = None
-) -> dict[str, Any]:
-    """Add the columns of a chart, and return its part of the header.
+def read_chart(store: Store, experiment: str, query: ChartQuery, width: int | None = None) -> Chart:
+    """Read the series of a chart.
 
     Args:
         store: The store.
         experiment: The id of the experiment.
         query: Which chart.
-        writer: Receives the columns.
         width: Steps of a bucket; None for the finest width with at most ``query.buckets`` of them.
 
     Raises:
@@ -122,22 +140,31 @@ def read_chart(
     ids = [each.series for each in members]
     found = store.series.read(ids, first=query.first, last=query.last, buckets=query.buckets, width=width)
     wholes = store.series.read(ids, width=_ALL_STEPS).lines
-    drawn: list[_Drawn] = []
+    drawn: list[Drawn] = []
     for member, line, whole in zip(members, found.lines, wholes, strict=True):
-        points, bad = int(whole.count.sum()), int(whole.bad.sum())
-        if points + bad:
-            drawn.append(_Drawn(member, _curve(line, found.width, is_running=member.is_running), points, bad))
-    clocks = {} if query.x == "step" else {each.run: _clock(store, each.run, query, found.width) for each, *_ in drawn}
+        curve = _curve(line, found.width, is_running=member.is_running)
+        last = float(line.x[-1]) if len(line.x) else None
+        drawn.append(Drawn(member, curve, last, int(whole.count.sum()), int(whole.bad.sum())))
+    clocks = (
+        {} if query.x == "step" else {each.run: _read_clock(store, each.run, query, found.width) for each in members}
+    )
+    return Chart(query, found.width, drawn, clocks)
+
+
+def add_chart(chart: Chart, writer: ColumnWriter) -> dict[str, Any]:
+    """Add the columns of a chart, and return its part of the header."""
+    query = chart.query
+    drawn = [each for each in chart.drawn if each.points + each.bad]
     lines: list[dict[str, Any]] = []
 
-    def add_line(curve: Curve, of: Sequence[_Drawn], **about: object) -> None:
+    def add_line(curve: Curve, of: Sequence[Drawn], **about: object) -> None:
         if len(curve.x):
             # Points are sent as they were logged; means need not be that precise.
-            curve = curve if found.width == 1 and len(of) == 1 else _rounded(curve)
-            lines.append(about | {"n": len(of)} | _columns(writer, curve, of, clocks, query.x))
+            curve = curve if chart.width == 1 and len(of) == 1 else _rounded(curve)
+            lines.append(about | {"n": len(of)} | _columns(writer, curve, of, chart.clocks, query.x))
 
     if query.lines != "members":
-        by_arm: dict[str, list[_Drawn]] = {}
+        by_arm: dict[str, list[Drawn]] = {}
         for each in drawn:
             by_arm.setdefault(each.member.arm, []).append(each)
         for arm, seeds in by_arm.items():
@@ -147,7 +174,7 @@ def read_chart(
             member = each.member
             add_line(each.curve, [each], kind="member", arm=member.arm, run=member.public, seed=member.seed)
     total = sum(each.points + each.bad for each in drawn)
-    return {"metric": query.metric, "width": found.width, "total": total, "lines": lines}
+    return {"metric": query.metric, "width": chart.width, "total": total, "lines": lines}
 
 
 def find_members(store: Store, experiment: str, query: ChartQuery) -> list[Member]:
@@ -223,7 +250,7 @@ def _rounded(curve: Curve) -> Curve:
 
 
 def _columns(
-    writer: ColumnWriter, curve: Curve, drawn: Sequence[_Drawn], clocks: Mapping[int, "_Clock"], axis: Axis
+    writer: ColumnWriter, curve: Curve, drawn: Sequence[Drawn], clocks: Mapping[int, Clock], axis: Axis
 ) -> dict[str, Any]:
     x = curve.x if axis == "step" else _seconds(curve.x, [clocks[each.member.run] for each in drawn], axis)
     columns: dict[str, Any] = {
@@ -243,24 +270,16 @@ def _columns(
     return columns
 
 
-class _Clock(NamedTuple):
-    """When a run reached its steps."""
-
-    steps: "Numbers"
-    seconds: "Numbers"
-    start: float
-
-
-def _clock(store: Store, run: int, query: ChartQuery, width: int) -> _Clock:
+def _read_clock(store: Store, run: int, query: ChartQuery, width: int) -> Clock:
     steps, seconds = store.series.wall_times(run, query.first, query.last, width)
     start = float(seconds[0]) if len(seconds) else 0.0
     if query.first is not None and query.x == "relative":
         _, beginning = store.series.wall_times(run, None, None, _MAX_BUCKETS * width)
         start = float(beginning[0]) if len(beginning) else start
-    return _Clock(steps, seconds, start)
+    return Clock(steps, seconds, start)
 
 
-def _seconds(x: "Numbers", clocks: Sequence[_Clock], axis: Axis) -> "Numbers":
+def _seconds(x: "Numbers", clocks: Sequence[Clock], axis: Axis) -> "Numbers":
     """Return the time of each step: the mean over the runs of a band."""
     import numpy as np
 

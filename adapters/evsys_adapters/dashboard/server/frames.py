@@ -11,7 +11,7 @@ import msgspec
 
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.series import Changes
-from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, read_chart
+from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, add_chart, read_chart
 from evsys_adapters.dashboard.server.columns import ColumnWriter
 from evsys_adapters.dashboard.store import Store
 
@@ -26,8 +26,10 @@ class Views(msgspec.Struct):
     """What has changed, in the terms of topics."""
 
     experiments: set[str] = msgspec.field(default_factory=set[str])
-    charts: dict[tuple[str, str], int] = msgspec.field(default_factory=dict[tuple[str, str], int])
-    """Experiment and metric -> the smallest changed step."""
+    charts: dict[tuple[str, str], dict[int, tuple[int, int]]] = msgspec.field(
+        default_factory=dict[tuple[str, str], dict[int, tuple[int, int]]]
+    )
+    """Experiment and metric -> id of a series -> its smallest and largest changed step, also one that was removed."""
 
 
 class Place(NamedTuple):
@@ -65,10 +67,10 @@ class Places:
     def add(self, changes: Changes, views: Views) -> None:
         """Add the topics that a batch concerns."""
         views.experiments.update(self._experiments[each] for each in changes.experiments if each in self._experiments)
-        for id_, (first, _) in changes.series.items():
+        for id_, steps in changes.series.items():
             place = self._series.get(id_)
             if place is not None:
-                views.charts[place] = min(first, views.charts.get(place, first))
+                _add_steps(views.charts.setdefault(place, {}), id_, steps)
 
 
 class FrameSource:
@@ -163,42 +165,41 @@ class ChartFrame(FrameSource):
         self._metric = metric
         self._lines: Lines = lines
         self._width = width
-        self._first: int | None = None  # changed step
-        self._ends: dict[tuple[str, str, object], float] = {}  # last bucket of each line
+        self._steps: dict[int, tuple[int, int]] = {}
 
     def mark(self, views: Views) -> None:
         """Note changed steps of the chart."""
-        first = views.charts.get((self._experiment, self._metric))
-        if first is not None:
-            self._first = first if not self.is_changed or self._first is None else min(first, self._first)
+        for id_, steps in views.charts.get((self._experiment, self._metric), {}).items():
+            _add_steps(self._steps, id_, steps)
             self.is_changed = True
 
     def take(self) -> Callable[[Store, ColumnWriter], Content]:
         """Return what computes the next frame."""
-        first = None if self._is_complete else self._first
-        self._is_complete = self.is_changed = False
-        return lambda store, writer: self._compute_chart(store, writer, first)
+        steps, self._steps = self._steps, {}
+        is_complete, self._is_complete, self.is_changed = self._is_complete, False, False
+        return lambda store, writer: self._compute_chart(store, writer, {} if is_complete else steps)
 
-    def _compute_chart(self, store: Store, writer: ColumnWriter, first: int | None) -> Content:
+    def _compute_chart(self, store: Store, writer: ColumnWriter, steps: dict[int, tuple[int, int]]) -> Content:
         refetch: dict[str, Any] = {"kind": "refetch"}
-        if first is None:
+        if not steps:
             return refetch
         # The bucket before tells whether the last one is complete enough to be shown.
-        first = first // self._width * self._width - self._width
+        first = (min(first for first, _ in steps.values()) // self._width - 1) * self._width
         query = ChartQuery(self._metric, lines=self._lines, first=first, buckets=MAX_LIVE_BUCKETS)
-        chart = read_chart(store, self._experiment, query, writer, self._width)
-        ends = self._ends.copy()
-        for line in chart["lines"]:
-            if line["x"][1] > MAX_LIVE_BUCKETS:
+        chart = read_chart(store, self._experiment, query, self._width)
+        for each in chart.drawn:
+            _, last = steps.get(each.member.series, (0, None))
+            if len(each.curve.x) > MAX_LIVE_BUCKETS or (
+                # A run that was resumed has removed steps, which a frame cannot express.
+                last is not None and (each.last is None or each.last + self._width <= last)
+            ):
                 return refetch
-            key = (line["kind"], line["arm"], line["run"])
-            end = line["end"]
-            if end < ends.get(key, end):  # a resumed run has removed steps, which a frame cannot express
-                self._ends.clear()
-                return refetch
-            ends[key] = end
-        self._ends = ends
-        return {"kind": "data", "chart": chart}
+        return {"kind": "data", "chart": add_chart(chart, writer)}
+
+
+def _add_steps(found: dict[int, tuple[int, int]], series: int, steps: tuple[int, int]) -> None:
+    known = found.get(series, steps)
+    found[series] = min(known[0], steps[0]), max(known[1], steps[1])
 
 
 def _names(page: dict[str, Any]) -> list[Any]:

@@ -97,7 +97,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._token = token.encode()
-        self._hosts = _LOOPBACK_NAMES | {name.lower() for name in allowed_hosts}
+        self._allowed_hosts = frozenset(name.lower() for name in allowed_hosts)
         self._open_loopback = open_loopback
         self._limit = limit or GuessLimit()
 
@@ -126,14 +126,14 @@ class Guard:
     def _check(self, scope: Scope, path: str) -> None:
         headers = _header_lists(scope)
         hosts = headers.get(b"host", [])
-        if len(hosts) != 1 or _host_name(hosts[0]) not in self._hosts:
+        if len(hosts) != 1 or _host_name(hosts[0]) not in _LOOPBACK_NAMES | self._allowed_hosts:
             raise AnswerError(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 "host",
                 "the Host header does not name this server",
                 fix="open it as http://127.0.0.1:PORT or http://localhost:PORT; for a proxy, allow its host name",
             )
-        if any(_origin_host(origin) != hosts[0].lower() for origin in headers.get(b"origin", [])):
+        if not all(self._is_own_origin(origin, hosts[0]) for origin in headers.get(b"origin", [])):
             raise AnswerError(
                 HTTPStatus.FORBIDDEN,
                 "origin",
@@ -142,6 +142,14 @@ class Guard:
             )
         if path.startswith(API_PATH):
             self._check_token(scope, path, headers)
+
+    def _is_own_origin(self, origin: str, host: str) -> bool:
+        """Whether a page is this server's; a proxy with an allowed name may have replaced the Host."""
+        try:
+            found = urlsplit(origin).netloc.lower()
+        except ValueError:
+            return False
+        return found != "" and (found == host.lower() or _host_name(found) in self._allowed_hosts)
 
     def _check_token(self, scope: Scope, path: str, headers: dict[bytes, list[str]]) -> None:
         found = _token(scope, headers)
@@ -179,13 +187,6 @@ def _host_name(value: str) -> str:
     """Return the name of a Host header without the port: forwarding through ssh changes the port."""
     name, _, port = value.lower().rpartition(":")
     return name if name and port.isdigit() else value.lower()
-
-
-def _origin_host(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).netloc.lower() or None
-    except ValueError:
-        return None
 
 
 def _token(scope: Scope, headers: dict[bytes, list[str]]) -> str | None:

@@ -10,9 +10,11 @@ from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import BehindError, Ingested, Store
+from evsys_bus.diagnostics import log
 
 MAX_SLICE_EVENTS: Final = 500
 MAX_SLICE_BYTES: Final = 1 << 20
+_UPDATE: Final = "if a newer version of evsys-bus recorded them, update the dashboard's"
 
 
 class Totals(NamedTuple):
@@ -23,6 +25,8 @@ class Totals(NamedTuple):
     events: int
     """Events that were new."""
     points: int
+    unreadable: int = 0
+    """Further events that were new and could not be read; they are skipped for good."""
 
 
 _Result: TypeAlias = Ingested | BehindError | AnswerError
@@ -70,14 +74,17 @@ class Ingester:
         lock = self._streams.get(stream)
         if lock is None:
             lock = self._streams[stream] = asyncio.Lock()
-        events = points = 0
+        events = points = unreadable = 0
         async with lock:
             for part in slices(payloads):
                 applied = await self._apply(stream, after, part)
                 after = applied.sequence
                 events += applied.events
                 points += applied.points
-        return Totals(after, events, points)
+                unreadable += applied.unreadable
+        if unreadable:
+            log().warning("dashboard.events_unreadable", stream=stream, events=unreadable, fix=_UPDATE)
+        return Totals(after, events, points, unreadable)
 
     async def _apply(self, stream: str, after: int, payloads: Sequence[bytes]) -> Ingested:
         part = _Slice(stream, after, payloads, asyncio.get_running_loop().create_future())

@@ -3,7 +3,8 @@
 A topic is what a view shows: ``home``, ``e/ID`` (an experiment) or ``c/ID/LINES/WIDTH/METRIC`` (a chart). While it has
 viewers, changes mark it, the next tick computes a frame, and the topic's ring keeps the last 300. All frames have
 absolute values, so receiving one twice changes nothing. Frame numbers come from one counter of the server that also
-counts changes and starts from the clock, so numbers of an earlier process are older than all of this one.
+counts changes and starts from the clock, so numbers of an earlier process are older than all of this one. A frame has
+all changes up to its number.
 
 A viewer that asks for the frames since a number gets them from the ring, or from the recent changes, or a frame of kind
 ``reset``: then it reads the view again by its ordinary route.
@@ -13,11 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
 
+from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
@@ -37,6 +39,10 @@ from evsys_bus.diagnostics import log
 
 MAX_TOPIC_BYTES: Final = 8192
 _MAX_JUMP: Final = 1 << 53
+_TURN_SECONDS: Final = 0.05
+"""How long frames may keep events and readers from the store's thread."""
+
+Compute: TypeAlias = "Callable[[Store, ColumnWriter], Content]"
 
 
 class LiveLimits(msgspec.Struct, frozen=True):
@@ -47,6 +53,8 @@ class LiveLimits(msgspec.Struct, frozen=True):
     """Of one client."""
     ring: int = 300
     """Frames that each topic keeps."""
+    ring_bytes: int = 2 << 20
+    """Of these frames together, besides the last one."""
     chart_seconds: float = 0.1
     """Between two frames of a chart."""
     page_seconds: float = 0.5
@@ -71,7 +79,7 @@ class Frame(NamedTuple):
 class Topic:
     """A view with its viewers, what has changed since its last frame, and its last frames."""
 
-    def __init__(self, name: str, source: FrameSource, floor: int, ring: int) -> None:
+    def __init__(self, name: str, source: FrameSource, floor: int, limits: LiveLimits) -> None:
         self.name: Final = name
         self.source: Final = source
         self.floor = floor
@@ -84,7 +92,9 @@ class Topic:
         self.refreshed = 0.0
         self.joined_at: int | None = None
         """A viewer has come who has all changes up to this number; those after it are marked by the next tick."""
-        self._ring = ring
+        self._max_frames: Final = 1 if source.is_whole else limits.ring
+        self._max_bytes: Final = limits.ring_bytes
+        self._bytes = 0
 
     @property
     def last(self) -> int:
@@ -92,10 +102,13 @@ class Topic:
         return self.frames[-1].number if self.frames else self.floor
 
     def add(self, frame: Frame) -> None:
-        """Append a frame; the oldest one leaves a full ring."""
+        """Append a frame; the oldest ones leave a full ring."""
+        self._bytes += sum(len(each.data) for each in list(self.frames)[-1:])
         self.frames.append(frame)
-        if len(self.frames) > (1 if self.source.is_whole else self._ring):
-            self.floor = self.frames.popleft().number
+        while len(self.frames) > 1 and (len(self.frames) > self._max_frames or self._bytes > self._max_bytes):
+            removed = self.frames.popleft()
+            self._bytes -= len(removed.data)
+            self.floor = removed.number
 
     def since(self, number: int) -> list[Frame]:
         """Return the frames after a number; a ``reset`` if they are not all there."""
@@ -158,6 +171,8 @@ class LiveHub:
         self._places: Final = Places()
         self._pending: list[Changes] = []
         self._wakeup = anyio.Event()
+        self._busy_seconds = 0.0
+        """Taken on the store's thread since the last tick began."""
         self._turn: Final = anyio.Lock()
         """Held while marks are passed on and frames are computed."""
         self.clients = 0
@@ -232,18 +247,17 @@ class LiveHub:
             with anyio.move_on_after(self._seconds_to_wait()):
                 await self._wakeup.wait()
             self._wakeup = anyio.Event()
-            start = self._clock()
+            self._busy_seconds = 0.0
             try:
                 await self._tick()
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
                 log().warning("dashboard.live_failed", error=error.message)
                 await anyio.sleep(1.0)
-            except Exception:
-                # A view that cannot be computed waits for its next change; the others must go on.
+            except Exception:  # the next round begins anew; without rounds, no view would be live any more
                 log().error("dashboard.live_failed", exc_info=True)
                 await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
-            seconds = self._clock() - start
+            seconds = self._busy_seconds
             await anyio.sleep(max(self._limits.chart_seconds, seconds / self._limits.max_share - seconds))
 
     async def _tick(self) -> None:
@@ -272,7 +286,7 @@ class LiveHub:
         number = subscription.frame
         topic = self._topics.get(subscription.topic)
         if topic is None:
-            topic = Topic(subscription.topic, source, self._number, self._limits.ring)
+            topic = Topic(subscription.topic, source, self._number, self._limits)
             self._topics[topic.name] = topic
             topic.refreshed = self._clock()
         is_known = number is not None and topic.floor <= number <= self._number
@@ -296,21 +310,27 @@ class LiveHub:
     async def _compute_due(self, topics: Iterable[Topic]) -> None:
         """Compute the next frames of those topics that have changed and are due."""
         async with self._turn:
-            await self._mark()
-            for topic in list(topics):
-                if topic.source.is_changed and self._clock() >= topic.due:
-                    await self._compute(topic)
+            number = await self._mark()
+            due = [topic for topic in topics if topic.source.is_changed and self._clock() >= topic.due]
+            works = deque((topic, topic.source.take()) for topic in due)
+            while works:
+                await self._compute(works, number)
 
-    async def _mark(self) -> None:
-        """Pass what has changed to the topics."""
+    async def _mark(self) -> int:
+        """Pass what has changed to the topics. Returns the number of the frames to compute now.
+
+        What is published from here on has a greater number: it is in later frames, even if these have it already.
+        """
+        number = self._number = self._number + 1
         pending, self._pending = self._pending, []
         topics = list(self._topics.values())
         joined = [(topic, topic.joined_at) for topic in topics if topic.joined_at is not None]
         for topic, _ in joined:
             topic.joined_at = None
         await self._mark_topics(topics, pending)
-        for topic, number in joined:
-            await self._mark_topics([topic], [each for at, each in self._history if at > number])
+        for topic, joined_at in joined:
+            await self._mark_topics([topic], [each for at, each in self._history if at > joined_at])
+        return number
 
     async def _mark_topics(self, topics: Sequence[Topic], changes: Sequence[Changes]) -> None:
         views = Views()
@@ -323,26 +343,28 @@ class LiveHub:
             for topic in topics:
                 topic.source.mark(views)
 
-    async def _compute(self, topic: Topic) -> None:
-        number = self._number = self._number + 1
+    async def _compute(self, works: "deque[tuple[Topic, Compute]]", number: int) -> None:
+        """Compute frames of the first topics in the queue, which leave it, in one turn of the store's thread.
+
+        While a client catches up, its events take turns with these: one turn for each topic would take long.
+        """
         start = self._clock()
-        compute = topic.source.take()
         try:
-            data = await self._store.call(_encode_frame, compute, topic.name, number)
-        except AnswerError as error:
-            if error.status == HTTPStatus.NOT_FOUND:
-                data = ColumnWriter().encode({"topic": topic.name, "frame": number, "kind": "refetch"})
-            else:
+            done = await self._store.call(_encode_frames, [(compute, topic.name) for topic, compute in works], number)
+        except AnswerError:
+            for topic, _ in works:
                 topic.source.mark_all()
-                raise
-        seconds = self._clock() - start
-        interval = self._limits.page_seconds if topic.source.is_page else self._limits.chart_seconds
-        topic.due = start + max(interval, seconds / self._limits.max_share)
-        topic.refreshed = start
-        if data is not None:
-            topic.add(Frame(number, data))
-            for viewer in topic.viewers:
-                viewer.wake()
+            raise
+        for encoded in done:
+            topic, _ = works.popleft()
+            interval = self._limits.page_seconds if topic.source.is_page else self._limits.chart_seconds
+            topic.due = start + max(interval, encoded.seconds / self._limits.max_share)
+            topic.refreshed = start
+            self._busy_seconds += encoded.seconds
+            if encoded.data is not None:
+                topic.add(Frame(number, encoded.data))
+                for viewer in topic.viewers:
+                    viewer.wake()
 
 
 def parse_topic(name: str) -> FrameSource:
@@ -368,12 +390,33 @@ def reset_frame(topic: str, number: int) -> Frame:
     return Frame(number, ColumnWriter().encode({"topic": topic, "frame": number, "kind": "reset"}))
 
 
-def _encode_frame(
-    store: Store, compute: Callable[[Store, ColumnWriter], Content], topic: str, number: int
-) -> bytes | None:
-    writer = ColumnWriter()
-    content = compute(store, writer)
-    return None if content is None else writer.encode({"topic": topic, "frame": number, **content})
+class _Encoded(NamedTuple):
+    data: bytes | None
+    seconds: float
+    """Taken on the store's thread."""
+
+
+def _encode_frames(store: Store, works: Sequence[tuple[Compute, str]], number: int) -> list[_Encoded]:
+    """Compute and encode frames, as many as fit into a turn; at least one."""
+    done: list[_Encoded] = []
+    started = begin = time.monotonic()
+    for compute, topic in works:
+        writer = ColumnWriter()
+        try:
+            content = compute(store, writer)
+        except StoreError:
+            raise
+        except Exception as error:  # a view that cannot be computed must not hold up the others
+            if not (isinstance(error, AnswerError) and error.status == HTTPStatus.NOT_FOUND):
+                log().error("dashboard.view_failed", topic=topic, exc_info=True)
+            writer, content = ColumnWriter(), {"kind": "refetch"}
+        data = None if content is None else writer.encode({"topic": topic, "frame": number, **content})
+        end = time.monotonic()
+        done.append(_Encoded(data, end - begin))
+        begin = end
+        if end - started > _TURN_SECONDS:
+            break
+    return done
 
 
 def _size(changes: Changes) -> int:

@@ -143,7 +143,15 @@ DESCRIPTION: Final[Json] = {
                 {
                     "200": _answer(
                         "Stored, and on the disk.",
-                        _json(_object("sequence events points", sequence=_INTEGER, events=_INTEGER, points=_INTEGER)),
+                        _json(
+                            _object(
+                                "sequence events points",
+                                sequence=_INTEGER,
+                                events=_INTEGER,
+                                points=_INTEGER,
+                                unreadable={**_INTEGER, "description": "Skipped for good; only if there are any."},
+                            )
+                        ),
                     ),
                     "409": _answer("Events before these are absent; `sequence` is the last that is stored.", _ERROR),
                     "415": _answer("The content encoding is not known here; /health lists those that are.", _ERROR),

@@ -32,7 +32,7 @@ class ConnectionLimits(msgspec.Struct, frozen=True):
     """How long a connection that is closed waits for its client to read the rest."""
     keep_alive_seconds: int = 75
     max_idle: int = 512
-    """Connections without a complete request. One more closes the one that has been idle longest."""
+    """Connections without a request to respond to. One more closes the one that has been idle longest."""
 
 
 class _Timer:
@@ -57,7 +57,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     limits: ClassVar[ConnectionLimits]
     idle: ClassVar[dict["BoundedHttpProtocol", None]]
-    """Connections without a complete request, in the order in which they became idle."""
+    """Connections without a request to respond to, in the order in which they became idle."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Start the deadline of the first head, and make room where too many are idle."""
@@ -163,7 +163,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _set_idle_if_done(self) -> None:
         cycle: RequestResponseCycle | None = self.cycle  # None until the first request, and when it was an upgrade
-        if self._between_requests and cycle and cycle.response_complete and not self.transport.is_closing():
+        # One that was refused early and still sends its body counts as idle too: anybody can send such requests.
+        if cycle and cycle.response_complete and not self.transport.is_closing():
             self._set_idle()
 
     def _set_idle(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -22,10 +23,11 @@ from evsys_adapters.dashboard.server.protocol import ConnectionLimits, http_prot
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.state_file import DashboardState
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import DashboardError
 
 DEFAULT_PORT: Final = 8420
 IDLE_SECONDS: Final = 43_200.0
+_OPEN_FILES: Final = 4096
 _MAX_PORTS: Final = 50
 _TICK_SECONDS: Final = 0.25
 _STOP_SECONDS: Final = 2
@@ -83,7 +85,7 @@ class DashboardServer:
 
         Raises:
             StoreError: The database cannot be opened.
-            EvsysBusError: The port is in use.
+            DashboardError: The port is in use.
             OSError: The address cannot be bound.
         """
         listening = listen(self._host, self._port)
@@ -158,6 +160,7 @@ def serve(
     open_loopback: bool = False,
     idle_seconds: float = IDLE_SECONDS,
     allowed_hosts: Iterable[str] = (),
+    keep_days: float | None = None,
     on_ready: Callable[[DashboardState], object] | None = None,
 ) -> None:
     """Serve a dashboard until SIGTERM or SIGINT.
@@ -171,23 +174,36 @@ def serve(
         open_loopback: Whether the routes of the hosted service accept any token from this machine.
         idle_seconds: It ends after so long without a viewer and without events.
         allowed_hosts: Names besides those of loopback by which browsers reach it, such as that of a proxy.
+        keep_days: Experiments without an event for so many days go to the trash, and after 30 more days are removed;
+            None keeps all.
         on_ready: Called with the state once it listens.
 
     Raises:
         StoreError: The database cannot be opened.
-        EvsysBusError: The port is in use.
+        DashboardError: The port is in use.
         OSError: The address cannot be bound.
     """
+    _allow_many_files()
     settings = DashboardSettings(
         token=state_file.load_token() or secrets.token_urlsafe(32),
         allowed_hosts=(*allowed_hosts, *(() if host in {"0.0.0.0", "::", ""} else (host,))),  # noqa: S104 # compared
         open_loopback=open_loopback,
+        keep_days=keep_days,
     )
     DashboardServer(path, host=host, port=port, settings=settings, idle_seconds=idle_seconds, on_ready=on_ready).run()
 
 
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files, so that connections do not use all of them up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+
+
 def listen(host: str, port: int | None) -> socket.socket:
-    """Return a listening socket; for None at the default port or the next free one. Raises EvsysBusError, OSError."""
+    """Return a listening socket; for None at the default port or the next free one. Raises DashboardError, OSError."""
     first = DEFAULT_PORT if port is None else port
     for candidate in range(first, first + (_MAX_PORTS if port is None else 1)):
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -205,7 +221,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         else:
             listening.setblocking(False)
             return listening
-    raise EvsysBusError(f"port {first} is in use", fix="give another one, or 0 for any that is free")
+    raise DashboardError(f"port {first} is in use", fix="give another one, or 0 for any that is free")
 
 
 class _Server(uvicorn.Server):

@@ -22,8 +22,15 @@ from evsys_bus.diagnostics import log
 T = TypeVar("T")
 P = ParamSpec("P")
 
+_LOCK_SECONDS: Final = 1.0
+"""How long a call waits for another program that has locked the database, and all other calls with it."""
 _REOPEN_SECONDS: Final = 1.0
 """How long all calls fail at once after the store could not be opened."""
+
+
+def open_store(path: Path) -> Store:
+    """Open the store of a server. Raises StoreError."""
+    return Store.open(path, timeout_seconds=_LOCK_SECONDS)
 
 
 class StoreThread:
@@ -34,7 +41,7 @@ class StoreThread:
         open_store: Opens it; called on the thread, again after a failure.
     """
 
-    def __init__(self, path: Path, open_store: Callable[[Path], Store] = Store.open) -> None:
+    def __init__(self, path: Path, open_store: Callable[[Path], Store] = open_store) -> None:
         self._path = path
         self._open_store = open_store
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
