@@ -51,7 +51,7 @@ class ViewRoutes:
             Route("/api/experiments/{id}/evals", self._evals),
             Route("/api/experiments/{id}/checkpoints", self._checkpoints),
             Route("/api/predictions", self._predictions),
-            Route("/api/predictions/{id:int}", self._prediction),
+            Route("/api/predictions/{id}", self._prediction),
             Route("/api/runs/{id}", self._run),
             Route("/api/compare", self._compare),
             Route("/api/health", self._health),
@@ -80,8 +80,9 @@ class ViewRoutes:
         return await self._answer(request, lambda store: eval_views.predictions(store, id_, after, conditions))
 
     async def _prediction(self, request: Request) -> Response:
-        id_: int = request.path_params["id"]
-        if id_ > _MAX_ID:
+        text: str = request.path_params["id"]
+        id_ = int(text[:20]) if text.isascii() and text.isdecimal() else -1
+        if not 0 <= id_ <= _MAX_ID:
             raise AnswerError(404, "id", "no such prediction", fix="load the page again")
         return await self._answer(request, lambda store: eval_views.prediction(store, id_))
 
