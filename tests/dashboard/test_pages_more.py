@@ -168,7 +168,7 @@ def test_the_page_of_a_run_shows_its_traceback_and_its_curves_and_no_markup_of_i
     tab.open(
         f"{server.url}/r/{run_id(store, 'with hints-s1')}", "document.querySelectorAll('.card canvas').length >= 1"
     )
-    assert 'File "train.py", line 7\nZeroDivisionError' in tab.text(".broken")
+    assert 'File "train.py", line 7\nZeroDivisionError' in tab.text(".problems")
     assert MARKUP in tab.text("details.text")
     assert tab.page.evaluate("document.images.length") == 0
     assert tab.until("document.querySelector('.drawn')?.textContent") == "40 of 40 points"
@@ -200,7 +200,7 @@ def test_health_has_the_journals_whose_delivery_fails_first(store: Store) -> Non
 
 def test_the_page_of_health_is_for_browsers_and_programs_get_the_service_there(tab: Tab, server: PageServer) -> None:
     tab.open(f"{server.url}/health", "document.querySelectorAll('.journal').length == 2")
-    assert "1 journal with a delivery that fails. 22 events still to be delivered" in tab.text(".answer")
+    assert "1 journal with a delivery that fails. 22 events still to be delivered" in tab.text(".summary")
     assert DELIVERY_ERROR in tab.text(".journal.bad")
     assert f"fix {DELIVERY_FIX}" in tab.text(".journal.bad")
     assert "database" in tab.text(".facts")

@@ -3,7 +3,7 @@ import { useEffect, useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed } from "./followed";
-import { bytes, count, number, shortened } from "./format";
+import { bytes, count, counted, number, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
 import { Age, Failure, Link, StateWord } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
@@ -73,7 +73,7 @@ export function CheckpointsPage({ id }: PageProps) {
           onInput={(event) => (filter.value = event.currentTarget.value)}
         />
         <span class="muted" role="status">
-          {rows.length === found.total ? `${count(found.total)} checkpoints` : `${count(rows.length)} of ${count(found.total)} checkpoints`}
+          {rows.length === found.total ? counted(found.total, "checkpoint") : `${count(rows.length)} of ${counted(found.total, "checkpoint")}`}
         </span>
       </div>
       {error ? <Failure error={error} /> : null}

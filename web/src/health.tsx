@@ -73,7 +73,7 @@ export function HealthPage() {
         <span class="muted">{words.length ? `${found.length} of ${health.journals.length}` : counted(health.journals.length, "journal")}</span>
       </div>
       {error ? <Failure error={error} /> : null}
-      <p class="answer">
+      <p class="summary">
         {broken ? (
           <span class="state failed">
             {"\u2715"} {counted(broken, "journal")} with a delivery that fails.{" "}

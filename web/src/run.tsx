@@ -71,7 +71,7 @@ export function RunPage({ id }: PageProps) {
     <main>
       {error ? <Failure error={error} /> : null}
       <Head run={run} />
-      <Broken run={run} />
+      <Problems run={run} />
       <Curves run={run} />
       <div class="sections">
         <Evals run={run} />
@@ -152,10 +152,10 @@ function Fact({ label, children }: { label: string; children: ComponentChildren 
   );
 }
 
-function Broken({ run }: { run: RunAnswer }) {
+function Problems({ run }: { run: RunAnswer }) {
   if (!run.error && !run.alerts.length) return null;
   return (
-    <section class="broken" aria-label="what is broken">
+    <section class="problems" aria-label="what is broken">
       {run.error && <pre class="whole">{run.error}</pre>}
       {run.alerts.slice(0, 20).map((alert, i) => (
         <p class="alert" key={i}>

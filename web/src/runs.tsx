@@ -4,7 +4,7 @@ import { Swatch } from "./arms";
 import { save } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
-import { count, csv, duration, number, setting as settingText, shortened } from "./format";
+import { count, counted, csv, duration, number, setting as settingText, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
 import { Age, Failure, Link, StateWord } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
@@ -78,7 +78,7 @@ export function RunsPage({ id }: PageProps) {
           onInput={(event) => (filter.value = event.currentTarget.value)}
         />
         <span class="muted" role="status">
-          {runs.rows.length === runs.total ? `${count(runs.total)} runs` : `${count(runs.rows.length)} of ${count(runs.total)} runs`}
+          {runs.rows.length === runs.total ? counted(runs.total, "run") : `${count(runs.rows.length)} of ${counted(runs.total, "run")}`}
         </span>
         <span class="right">
           <button

@@ -10,11 +10,11 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.evals import EvalRow, PredictionFilter
 from evsys_adapters.dashboard.pages import Json
-from evsys_adapters.dashboard.records import RunRecord, arm_of
+from evsys_adapters.dashboard.records import RunRecord
 from evsys_adapters.dashboard.series import SeriesInfo
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import finite
-from evsys_adapters.dashboard.views import RunValues, find_experiment
+from evsys_adapters.dashboard.views import RunValues, find_experiment, shown_arm, shown_arms
 from evsys_bus.context import spread_of
 
 PAGE_ROWS: Final = 50
@@ -48,9 +48,9 @@ def evals(store: Store, public_id: str, now: float | None = None) -> Json:
     runs = store.catalogue.records.runs(record.id)
     names = list(dict.fromkeys(name for run in runs for name in run.eval_names))[:_MAX_EVAL_NAMES]
     values = {run.id: RunValues(run, store.series.names(run.id)) for run in runs}
-    by_arm: dict[str, list[RunRecord]] = {arm["name"]: [] for arm in page["arms"]}
+    by_arm: dict[str, list[RunRecord]] = {name: [] for name in shown_arms(record, runs)}
     for run in runs:
-        by_arm.setdefault(arm_of(run), []).append(run)
+        by_arm.setdefault(shown_arm(run), []).append(run)
     rows: list[Json] = []
     for name in names:
         cells = [_cell(values[run.id].last(name) for run in arm) for arm in by_arm.values()]
@@ -65,7 +65,7 @@ def evals(store: Store, public_id: str, now: float | None = None) -> Json:
             "predictions": each.predictions,
             "run": run.public,
             "run_name": run.key,
-            "arm": arm_of(run),
+            "arm": shown_arm(run),
             "seed": run.seed,
         }
         for run in runs
@@ -147,7 +147,7 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
                     "sampler": each.get("sampler_path"),
                     "run": run.public,
                     "run_name": run.key,
-                    "arm": arm_of(run),
+                    "arm": shown_arm(run),
                     "seed": run.seed,
                     "upload": upload.get("state"),
                     "url": upload.get("url"),
@@ -166,7 +166,7 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
         "name": record.name,
         "state": page["state"],
         "now": clock.time() if now is None else now,
-        "arms": [arm["name"] for arm in page["arms"]],
+        "arms": shown_arms(record, runs),
         "shown": [{"name": each["name"], "direction": each["direction"]} for each in page["headlines"]],
         "total": len(rows),
         "rows": rows[:_MAX_CHECKPOINTS],
@@ -205,7 +205,7 @@ def _origin(row: EvalRow, run: RunRecord) -> Json:
             "step": row.step,
             "run": run.public,
             "run_name": run.key,
-            "arm": arm_of(run),
+            "arm": shown_arm(run),
             "seed": run.seed,
         }
     }

@@ -150,7 +150,9 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
             continue
         rows.append(
             {
-                **{key: value for key, value in row.items() if key not in {"values", "error"}},
+                **{key: value for key, value in row.items() if key not in {"values", "error", "config"}},
+                "arm": shown_arm(run),
+                "config": _short(row["config"]),
                 "error": _last_line(row["error"]),
                 "seconds": _seconds(run, now),
                 "last": [_finite(values.last(name)) for name in shown],
@@ -168,7 +170,7 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
         "config": varying,
         "metrics": [*directions],
         "shown": [{"name": name, "direction": directions[name]} for name in shown],
-        "arms": [arm["name"] for arm in page["arms"]],
+        "arms": shown_arms(record, records.values()),
         "rows": rows,
     }
 
@@ -191,7 +193,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     statuses = catalogue.details.statuses([] if journal is None else [journal])
     return {
         **_run_head(record, experiment, now),
-        "arms": list(dict.fromkeys([*experiment.planned_arms, *map(arm_of, catalogue.records.runs(experiment.id))])),
+        "arms": shown_arms(experiment, catalogue.records.runs(experiment.id)),
         "rank": record.rank,
         "group": record.group,
         "stop_reason": record.stop_reason,
@@ -199,7 +201,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
         "tags": record.tags,
         "notes": record.notes,
         "now": now,
-        "error": None if record.error is None else record.error[-_MAX_TEXT:],
+        "error": None if record.error is None else _cut(record.error),
         "config": _short(RunFields(_recorded(record)).config),
         "environment": _short(record.environment),
         "summary": _short(record.summary),
@@ -338,7 +340,7 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
         "id": run.public,
         "name": run.key,
         "experiment": {"id": experiment.public, "name": experiment.name},
-        "arm": arm_of(run),
+        "arm": shown_arm(run),
         "seed": run.seed,
         "state": run_state(run, now),
         "error": _last_line(run.error),
@@ -350,6 +352,17 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
         "last_event": run.last,
         "seconds": _seconds(run, now),
     }
+
+
+def shown_arm(run: RunRecord) -> str:
+    """Return the name of a run's arm, as short as pages need it."""
+    return arm_of(run)[:_MAX_LINE]
+
+
+def shown_arms(experiment: ExperimentRecord, runs: Iterable[RunRecord]) -> list[str]:
+    """Return the arms of an experiment, planned ones first."""
+    planned = [name[:_MAX_LINE] for name in experiment.planned_arms]
+    return list(dict.fromkeys([*planned, *map(shown_arm, runs)]))
 
 
 def _seconds(run: RunRecord, now: float) -> float | None:
@@ -475,8 +488,17 @@ def _last_line(text: str | None) -> str | None:
     """Return of a traceback the line that names the error, of another text the first one."""
     if not text:
         return None
-    lines = text[-_MAX_TEXT:].strip().splitlines() or [""]
-    return (lines[-1] if text.startswith("Traceback") else lines[0])[:_MAX_LINE]
+    lines = _cut(text).strip().splitlines() or [""]
+    return (lines[-1] if _is_traceback(text) else lines[0])[:_MAX_LINE]
+
+
+def _cut(text: str) -> str:
+    """Return the end of a long traceback, the beginning of another long text."""
+    return text[-_MAX_TEXT:] if _is_traceback(text) else text[:_MAX_TEXT]
+
+
+def _is_traceback(text: str) -> bool:
+    return text.startswith("Traceback")
 
 
 def _size(path: Path) -> int:
