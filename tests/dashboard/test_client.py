@@ -295,6 +295,7 @@ def test_a_body_continues_where_the_last_one_of_its_stream_ended(tmp_path, found
     assert all(before[3] == after[1] for before, after in pairwise(bodies))
 
 
+@pytest.mark.long
 def test_a_dashboard_that_is_killed_and_comes_back_gets_everything_and_the_loop_never_waits(tmp_path, found):
     took = []
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal", drain_timeout=15) as bus:
@@ -338,6 +339,7 @@ with EventBus([EvsysLoggerCallback()], journal=folder + "/journal") as bus:
 """
 
 
+@pytest.mark.long
 def test_kills_of_the_program_and_of_its_courier_leave_no_gap_and_nothing_twice(tmp_path, found):
     journal = tmp_path / "journal"
     for _ in range(2):

@@ -112,6 +112,8 @@ export function chartOf(header: any, data: Float64Array): Chart {
 
 export interface ChartQuery {
   metric: string;
+  /** Ids of the runs to draw; null for all. */
+  runs: string[] | null;
   lines: Lines;
   from: number | null;
   to: number | null;
@@ -148,7 +150,7 @@ async function fetchWaiting(experiment: string): Promise<void> {
   for (let start = 0; start < all.length; start += CHARTS_PER_REQUEST) {
     const some = all.slice(start, start + CHARTS_PER_REQUEST);
     try {
-      const charts = some.map(({ query }) => ({ ...query, runs: null }));
+      const charts = some.map(({ query }) => query);
       const response = await request("/api/charts", { experiment, charts });
       const { header, data } = decodeColumns(await response.arrayBuffer());
       some.forEach(({ resolve }, i) => resolve({ chart: chartOf(header.charts[i], data), frame: header.frame ?? null }));

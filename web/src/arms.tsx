@@ -3,7 +3,7 @@ import { Fragment } from "preact";
 import { useState } from "preact/hooks";
 import { dashOf, hueOf } from "./colours";
 import { count, number, shortened, valueText, withDeviation } from "./format";
-import { Age, StateWord } from "./parts";
+import { Age, Link, StateWord } from "./parts";
 import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
 import { openArms, highlightedArm, toggled } from "./view";
 
@@ -129,10 +129,10 @@ function RunRow({ run, varying, headlines }: { run: Run; varying: string[]; head
   return (
     <tr class="run">
       <td class="name">
-        <span class="text">
+        <Link to={`/r/${encodeURIComponent(run.id)}`}>
           seed {run.seed ?? "\u2013"}
           {run.rank ? `, rank ${run.rank}` : ""}
-        </span>{" "}
+        </Link>{" "}
         <span class="hint">{[run.name && shortened(run.name, 80), ...config].filter(Boolean).join(" \u00b7 ")}</span>
       </td>
       <td class="seeds">

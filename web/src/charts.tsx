@@ -8,7 +8,7 @@ import { merged } from "./curves";
 import { count, csv, number, shortened } from "./format";
 import { connection, subscribe } from "./live";
 import { Plot } from "./plot";
-import type { Chart, Experiment, Metric } from "./types";
+import type { Chart, Metric } from "./types";
 import * as view from "./view";
 
 const BUCKETS = 180;
@@ -17,8 +17,19 @@ const MOST_POINTS = 2 * BUCKETS;
 const REFETCH_MS = 2_000;
 const RETRY_MS = 3_000;
 
+/** What charts are drawn of: an experiment, or some runs of one or several. */
+export interface Charted {
+  id: string;
+  arms: { name: string }[];
+  headlines: { name: string }[];
+  metrics: Metric[];
+  /** The runs to draw, each as a line that `labels` names; without it, all arms. */
+  sources?: { experiment: string; runs: string[] }[];
+  labels?: Map<string, string>;
+}
+
 interface Props {
-  experiment: Experiment;
+  experiment: Charted;
   slots: Map<string, number>;
   isGrouped: boolean;
 }
@@ -34,7 +45,7 @@ export function Charts({ experiment, slots, isGrouped }: Props) {
   if (!experiment.metrics.length) return <p class="empty">No metric yet.</p>;
   return (
     <section class="charts">
-      <Toolbar found={drawn.length} of={experiment.metrics.length} error={error} />
+      <Toolbar found={drawn.length} of={experiment.metrics.length} error={error} hasArms={!experiment.sources} />
       <Legend experiment={experiment} slots={slots} />
       {sections.map(([section, metrics]) => (
         <div key={section}>
@@ -48,7 +59,7 @@ export function Charts({ experiment, slots, isGrouped }: Props) {
       ))}
       {constants.length > 0 && (
         <p class="constants">
-          <span class="label">the same in all runs</span>{" "}
+          <span class="label">{experiment.sources ? "constant" : "the same in all runs"}</span>{" "}
           {constants.map((metric) => (
             <span key={metric.name} class="constant">
               <span class="name">{metric.name}</span> {number(metric.constant)}
@@ -61,7 +72,7 @@ export function Charts({ experiment, slots, isGrouped }: Props) {
 }
 
 /** Names in the order to draw, headlines first; metrics that appear later come last, so that no card moves. */
-function useOrder(experiment: Experiment): string[] {
+function useOrder(experiment: Charted): string[] {
   const order = useRef<string[]>([]);
   const known = new Set(order.current);
   const headlines = experiment.headlines.map((headline) => headline.name);
@@ -92,7 +103,7 @@ function sectionsOf(metrics: Metric[]): (readonly [string, Metric[]])[] {
   return [...sections];
 }
 
-function Toolbar({ found, of, error }: { found: number; of: number; error: string }) {
+function Toolbar({ found, of, error, hasArms }: { found: number; of: number; error: string; hasArms: boolean }) {
   const range = view.zoom.value;
   const isLog = view.logCharts.value.has("*");
   const cycles: [label: string, value: string, key: string, next: () => void][] = [
@@ -110,7 +121,7 @@ function Toolbar({ found, of, error }: { found: number; of: number; error: strin
         value={view.filter.value}
         onInput={(event) => (view.filter.value = event.currentTarget.value)}
       />
-      {cycles.map(([label, value, key, next]) => (
+      {cycles.slice(hasArms ? 0 : 1).map(([label, value, key, next]) => (
         <button key={label} title={`next choice ( ${key} )`} onClick={next}>
           <span class="muted">{label}</span> {value}
         </button>
@@ -127,7 +138,7 @@ function Toolbar({ found, of, error }: { found: number; of: number; error: strin
   );
 }
 
-function Legend({ experiment, slots }: { experiment: Experiment; slots: Map<string, number> }) {
+function Legend({ experiment, slots }: { experiment: Charted; slots: Map<string, number> }) {
   if (experiment.arms.length < 2) return null;
   const hidden = view.hiddenArms.value;
   return (
@@ -157,7 +168,7 @@ const observer = new IntersectionObserver(
   { rootMargin: "160px 0px" },
 );
 
-function Card({ metric, experiment, slots }: { metric: Metric; experiment: Experiment; slots: Map<string, number> }) {
+function Card({ metric, experiment, slots }: { metric: Metric; experiment: Charted; slots: Map<string, number> }) {
   const card = useRef<HTMLElement>(null);
   const [isIn, setIn] = useState(false);
   useLayoutEffect(() => {
@@ -185,7 +196,7 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Exper
 
 interface CurvesProps {
   metric: string;
-  experiment: Experiment;
+  experiment: Charted;
   slots: Map<string, number>;
   isLog: boolean;
   setActive: (isActive: boolean) => void;
@@ -194,7 +205,7 @@ interface CurvesProps {
 function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
   const host = useRef<HTMLDivElement>(null);
   const plot = useRef<Plot | null>(null);
-  const [chart, error] = useChart(experiment.id, metric);
+  const [chart, error] = useChart(experiment, metric);
   const hidden = view.hiddenArms.value;
   const smoothing = view.smoothing.value;
   const theme = view.theme.value;
@@ -246,7 +257,7 @@ function tableOf({ metric, lines, width }: Chart): string {
   return csv([["line", "arm", "seed", "step", "steps_in_bucket", metric, "sd", "min", "max"], ...rows]);
 }
 
-function save(name: string, blob: Blob | null): void {
+export function save(name: string, blob: Blob | null): void {
   if (!blob) return;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
@@ -262,11 +273,27 @@ interface Loaded {
   zoom: [number, number] | null;
 }
 
+/** Live updates have the lines of all runs of an experiment. */
+function ofRuns(chart: Chart, runs: string[] | null): Chart {
+  return runs ? { ...chart, lines: chart.lines.filter((line) => line.run !== null && runs.includes(line.run)) } : chart;
+}
+
+/** One chart of those of several experiments; lines of runs have the names of the runs. */
+function joined(parts: Chart[], labels: Map<string, string> | undefined): Chart {
+  const first = parts[0]!;
+  if (!labels) return first;
+  const lines = parts.flatMap((part) => part.lines).map((line) => ({ ...line, arm: labels.get(line.run ?? "") ?? line.arm }));
+  const total = lines.reduce((sum, { points, bad }) => sum + points + bad, 0);
+  return { ...first, width: Math.max(...parts.map(({ width }) => width)), total, lines };
+}
+
 /** A chart as the view's settings ask for it, updated live. */
-function useChart(experiment: string, metric: string): [Loaded | null, string] {
+function useChart(experiment: Charted, metric: string): [Loaded | null, string] {
   const [loaded, setLoaded] = useState<Loaded | null>(null);
   const [error, setError] = useState("");
-  const lines = view.lines.value;
+  const { labels } = experiment;
+  const lines = experiment.sources ? "members" : view.lines.value;
+  const sources = experiment.sources ?? [{ experiment: experiment.id, runs: null }];
   const x = view.xAxis.value;
   const isOfEpochs = metric.startsWith("epoch/");
   const zoom = isOfEpochs ? null : view.zoom.value;
@@ -283,26 +310,32 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
       unsubscribe();
       const [from, to] = zoom ?? [null, null];
       try {
-        const { chart, frame } = await fetchChart(experiment, { metric, lines, from, to, buckets: BUCKETS, x });
+        const query = { metric, lines, from, to, buckets: BUCKETS, x };
+        const answers = await Promise.all(sources.map(({ experiment, runs }) => fetchChart(experiment, { ...query, runs })));
         if (isOver) return;
-        let current = chart;
+        const parts = answers.map(({ chart }) => chart);
+        const show = () => setLoaded({ chart: joined(parts, labels), x, zoom });
         setError("");
-        setLoaded({ chart, x, zoom });
+        show();
         if (isPaused) return;
-        unsubscribe = subscribe(`c/${experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
-          if (header.kind !== "data") {
-            loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
-          } else if (x !== "step") {
-            loadAfter(REFETCH_MS); // updates count in steps
-          } else {
-            current = merged(current, chartOf(header.chart, data), from, to);
-            if (current.lines.some((line) => line.x.length > MOST_POINTS)) loadAfter(REFETCH_MS);
-            drawing ||= requestAnimationFrame(() => {
-              drawing = 0;
-              setLoaded({ chart: current, x, zoom });
-            });
-          }
-        });
+        const ends = answers.map(({ chart, frame }, i) =>
+          subscribe(`c/${sources[i]!.experiment}/${lines}/${chart.width}/${metric}`, frame, ({ header, data }) => {
+            if (header.kind !== "data") {
+              loadAfter(header.kind === "reset" ? 0 : REFETCH_MS / 4);
+            } else if (x !== "step") {
+              loadAfter(REFETCH_MS); // updates count in steps
+            } else {
+              const part = merged(parts[i]!, ofRuns(chartOf(header.chart, data), sources[i]!.runs), from, to);
+              parts[i] = part;
+              if (part.lines.some((line) => line.x.length > MOST_POINTS)) loadAfter(REFETCH_MS);
+              drawing ||= requestAnimationFrame(() => {
+                drawing = 0;
+                show();
+              });
+            }
+          }),
+        );
+        unsubscribe = () => ends.forEach((end) => end());
       } catch (failed) {
         if (isOver) return;
         setError(failed instanceof Error ? failed.message : String(failed));
@@ -319,7 +352,7 @@ function useChart(experiment: string, metric: string): [Loaded | null, string] {
       cancelAnimationFrame(drawing);
       unsubscribe();
     };
-  }, [experiment, metric, lines, x, zoom?.[0], zoom?.[1], isPaused]);
+  }, [JSON.stringify(sources), metric, lines, x, zoom?.[0], zoom?.[1], isPaused]);
 
   return [loaded, isLost && !loaded ? "connection lost" : error];
 }

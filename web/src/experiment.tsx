@@ -6,10 +6,11 @@ import { ArmTable } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { count, counted, duration, shortened, valueText, withDeviation } from "./format";
+import { ExperimentNav } from "./further";
 import { subscribe } from "./live";
-import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
+import { Age, Failure, Progress, StateWord, useLoaded } from "./parts";
 import type { Experiment, Run } from "./types";
-import { paused, search } from "./view";
+import { paused } from "./view";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
   const experiment = useSignal<Experiment | null>(null);
@@ -62,7 +63,6 @@ function Shown({ experiment, onlyMetrics }: { experiment: Signal<Experiment>; on
 
 function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetrics: boolean }) {
   const { started, ended, last_event } = experiment;
-  const base = `/e/${encodeURIComponent(experiment.id)}`;
   return (
     <section class="head">
       <div class="title">
@@ -83,14 +83,7 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
             {tag}
           </span>
         ))}
-        <nav>
-          <Link to={base + search.value} class={onlyMetrics ? "" : "current"}>
-            overview
-          </Link>
-          <Link to={`${base}/metrics${search.value}`} class={onlyMetrics ? "current" : ""}>
-            metrics
-          </Link>
-        </nav>
+        <ExperimentNav id={experiment.id} current={onlyMetrics ? "metrics" : ""} />
       </div>
       {!onlyMetrics && (
         <>

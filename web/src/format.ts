@@ -50,6 +50,13 @@ export function withDeviation(mean: number | null, sd: number | null, signed = f
   return `${sign}${m} \u00b1 ${s}`;
 }
 
+/** "1.2 MB". */
+export function bytes(size: number): string {
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  const power = size < 1 ? 0 : Math.min(units.length - 1, Math.floor(Math.log10(size) / 3 + 1e-9));
+  return `${power ? (size / 1e3 ** power).toPrecision(3) : size} ${units[power]}`;
+}
+
 export function duration(seconds: number): string {
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
@@ -112,6 +119,12 @@ export function csv(rows: (string | number | null)[][]): string {
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return rows.map((row) => row.map(cell).join(",") + "\n").join("");
+}
+
+/** A value of a config: numbers as they were written, but for the noise of binary fractions. */
+export function setting(value: unknown): string {
+  if (typeof value === "number") return String(Number(value.toPrecision(8))).replace("-", MINUS).replace("e+", "e").replace("e-", `e${MINUS}`);
+  return valueText(value);
 }
 
 export function valueText(value: unknown): string {

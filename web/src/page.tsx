@@ -3,6 +3,7 @@ import { useEffect, useErrorBoundary, useRef } from "preact/hooks";
 import { effect, signal } from "@preact/signals";
 import { canvasColours } from "./colours";
 import { ExperimentPage } from "./experiment";
+import { furtherPage } from "./further";
 import { HomePage } from "./home";
 import { connection } from "./live";
 import { Failure, Link } from "./parts";
@@ -90,15 +91,9 @@ function Content({ path }: { path: string }) {
   const [error] = useErrorBoundary();
   const id = /^\/e\/([^/]+)/.exec(path)?.[1];
   if (error) return <Failure error={`The page failed: ${error}. Load it again.`} />;
-  return id ? <ExperimentPage id={decoded(id)} onlyMetrics={METRICS_PAGE.test(path)} /> : <HomePage />;
-}
-
-function decoded(text: string): string {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
+  const further = furtherPage(path);
+  if (further) return further;
+  return id ? <ExperimentPage id={view.decoded(id)} onlyMetrics={METRICS_PAGE.test(path)} /> : <HomePage />;
 }
 
 export function Page() {
@@ -112,6 +107,7 @@ export function Page() {
         <Link to="/" class="brand">
           evsys-bus
         </Link>
+        <Link to="/health">health</Link>
         <Connection />
         <button title="light or dark ( d )" aria-label="light or dark" onClick={view.toggleTheme}>
           {"\u25d0"}

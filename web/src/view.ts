@@ -11,13 +11,22 @@ export const path = computed(() => place.value.path);
 /** The settings as a URL has them, for links that keep them. */
 export const search = computed(() => place.value.query.size ? location.search : "");
 
+/** A part of a path; as it is if it is not encoded well. */
+export function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 export function navigate(to: string): void {
   history.pushState(null, "", to);
   place.value = read();
   scrollTo(0, 0);
 }
 
-function setting<T>(name: string, decode: (text: string | null) => T, encode: (value: T) => string | null) {
+export function setting<T>(name: string, decode: (text: string | null) => T, encode: (value: T) => string | null) {
   const value = computed(() => decode(place.value.query.get(name)));
   return {
     get value(): T {
@@ -35,7 +44,7 @@ function setting<T>(name: string, decode: (text: string | null) => T, encode: (v
   };
 }
 
-const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
+export const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
   setting<T>(
     name,
     (text) => choices.find((choice) => choice === text) ?? choices[0]!,
@@ -43,7 +52,7 @@ const oneOf = <T extends string>(name: string, choices: readonly T[]) =>
   );
 
 /** A set of names; each is escaped, as a name may contain the comma. */
-const names = (name: string) =>
+export const names = (name: string) =>
   setting<ReadonlySet<string>>(
     name,
     (text) => new Set(text ? text.split(",").map(unescapeName) : []),

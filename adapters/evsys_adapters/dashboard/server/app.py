@@ -33,6 +33,7 @@ from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
 from evsys_adapters.dashboard.server.retention import remove_old
 from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.server.view_routes import ViewRoutes, page_for_browsers
 from evsys_adapters.dashboard.state_file import SERVICE
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.files import DECODE_ERRORS
@@ -120,7 +121,7 @@ class DashboardApp:
             Route(f"{HOSTED_PATH}sdk/data{slash}", self._hosted_gateway, methods=["POST"]) for slash in ("", "/")
         ]
         return [
-            Route("/health", self._health),
+            Route("/health", page_for_browsers(self._page.index, self._health)),
             Route("/api/openapi.json", self._openapi),
             Route("/api/ingest", self._ingest, methods=["POST"]),
             Route("/api/import", self._start_import, methods=["POST"]),
@@ -128,6 +129,7 @@ class DashboardApp:
             Route("/api/home", self._home),
             Route("/api/experiments/{id}", self._experiment),
             Route("/api/charts", self._charts, methods=["POST"]),
+            *ViewRoutes(self._store, lambda: self.hub.number).routes(),
             Route("/api/live", self._poll),
             WebSocketRoute("/api/live", self._live),
             *hosted_routes,

@@ -105,6 +105,61 @@ _LIVE: Final = (
     "Without an upgrade, as described here: the frames since those numbers, as base64."
 )
 
+_OF_AN_EXPERIMENT: Final = [_parameter("id", "path", _TEXT, "The experiment.")]
+
+
+def _view(summary: str, parameters: list[Json] | None = None, *, none: str = "") -> Json:
+    """Describe a route that reads what a page shows."""
+    answers = {
+        "200": _answer("What the page shows.", _json(_OBJECT)),
+        **({"404": _answer(none, _ERROR)} if none else {}),
+    }
+    return {"get": _operation(summary, answers, parameters=parameters)}
+
+
+_VIEWS: Final[Json] = {
+    "/api/experiments/{id}/runs": _view(
+        "The runs of an experiment",
+        [
+            *_OF_AN_EXPERIMENT,
+            _parameter(
+                "q", "query", _TEXT, "A filter as of `evsys-bus runs --filter`; `problem` says what is wrong in it."
+            ),
+            _parameter("metric", "query", _TEXT, "A metric whose last and best values are wanted; may be repeated."),
+        ],
+        none="No such experiment.",
+    ),
+    "/api/experiments/{id}/evals": _view(
+        "Scores by eval and arm, and which evals have predictions", _OF_AN_EXPERIMENT, none="No such experiment."
+    ),
+    "/api/experiments/{id}/checkpoints": _view(
+        "Checkpoints with the metrics at their steps", _OF_AN_EXPERIMENT, none="No such experiment."
+    ),
+    "/api/runs/{id}": _view(
+        "One run: error, config, evals, checkpoints, alerts, texts, deliveries",
+        [_parameter("id", "path", _TEXT, "The run.")],
+        none="No such run.",
+    ),
+    "/api/compare": _view(
+        "Several runs side by side", [_parameter("r", "query", _TEXT, "The id of a run; repeated, up to 24.")]
+    ),
+    "/api/predictions": _view(
+        "Predictions of an eval, page by page",
+        [
+            _parameter("eval", "query", _INTEGER, "The eval."),
+            _parameter("after", "query", _TEXT, "`next` of the page before."),
+            _parameter("filter", "query", _TEXT, "JSON: text, min_reward, below_reward, worse_in (another eval)."),
+        ],
+        none="No such eval.",
+    ),
+    "/api/predictions/{id}": _view(
+        "One prediction with all its texts, and those of other runs for the same task",
+        [_parameter("id", "path", _TEXT, "The prediction.")],
+        none="No such prediction.",
+    ),
+    "/api/health": _view("How far the deliveries of all journals are, and the figures of the database"),
+}
+
 DESCRIPTION: Final[Json] = {
     "openapi": "3.1.0",
     "info": {
@@ -223,6 +278,7 @@ DESCRIPTION: Final[Json] = {
                 parameters=[_parameter("id", "path", _TEXT, "The experiment.")],
             )
         },
+        **_VIEWS,
         "/api/charts": {
             "post": _operation(
                 "Several charts of an experiment",

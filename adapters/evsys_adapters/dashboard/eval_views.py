@@ -1,0 +1,275 @@
+"""What the pages of evals and checkpoints show, as JSON: scores by arm, predictions page by page, checkpoints."""
+
+import time as clock
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from evsys_adapters.common.hook_arguments import fields
+from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard.evals import EvalRow, PredictionFilter
+from evsys_adapters.dashboard.pages import Json
+from evsys_adapters.dashboard.records import RunRecord
+from evsys_adapters.dashboard.series import SeriesInfo
+from evsys_adapters.dashboard.store import Store
+from evsys_adapters.dashboard.values import finite
+from evsys_adapters.dashboard.views import RunValues, find_experiment, shown_arm, shown_arms
+from evsys_bus.context import spread_of
+
+PAGE_ROWS: Final = 50
+_MAX_EVAL_NAMES: Final = 500
+_MAX_SETS: Final = 400
+_MAX_CHECKPOINTS: Final = 5_000
+_MAX_SIBLINGS: Final = 24
+_EVAL_BITS: Final = 24
+"""Of the id of a prediction, those that count within its eval."""
+_UPLOAD_EVENTS: Final = {
+    "upload_progress": "uploading",
+    "checkpoint_uploaded": "uploaded",
+    "checkpoint_conflict": "conflict",
+    "checkpoint_pruned": "removed",
+}
+_MAX_UPLOAD_EVENTS: Final = 2_000
+_MAX_READ_POINTS: Final = 200_000
+_LOOK_BACK: Final = 4_096
+"""Of a longer series, how many steps before a checkpoint its value may lie."""
+
+
+def evals(store: Store, public_id: str, now: float | None = None) -> Json:
+    """Return the scores of an experiment by eval and arm, its metrics of evals, and which evals have predictions.
+
+    Raises:
+        LookupError: There is no such experiment.
+    """
+    record = find_experiment(store, public_id)
+    page = pages.experiment(store, public_id, now)
+    assert page is not None
+    runs = store.catalogue.records.runs(record.id)
+    names = list(dict.fromkeys(name for run in runs for name in run.eval_names))[:_MAX_EVAL_NAMES]
+    values = {run.id: RunValues(run, store.series.names(run.id)) for run in runs}
+    by_arm: dict[str, list[RunRecord]] = {name: [] for name in shown_arms(record, runs)}
+    for run in runs:
+        by_arm.setdefault(shown_arm(run), []).append(run)
+    rows: list[Json] = []
+    for name in names:
+        cells = [_cell(values[run.id].last(name) for run in arm) for arm in by_arm.values()]
+        direction = _direction(page, name)
+        rows.append({"name": name, "direction": direction, "cells": cells, "best": _best(cells, direction)})
+    sets: list[Json] = [
+        {
+            "id": each.id,
+            "name": each.name,
+            "kind": each.kind,
+            "step": each.step,
+            "predictions": each.predictions,
+            "run": run.public,
+            "run_name": run.key,
+            "arm": shown_arm(run),
+            "seed": run.seed,
+        }
+        for run in runs
+        for each in store.catalogue.evals.of_run(run.id)
+        if each.predictions
+    ]
+    sets.sort(key=lambda each: (each["step"] is not None, -(each["step"] or 0), each["name"]))
+    shown = {*names}
+    return {
+        "id": record.public,
+        "name": record.name,
+        "state": page["state"],
+        "now": clock.time() if now is None else now,
+        "baseline": page["baseline"],
+        "arms": [*by_arm],
+        "rows": rows,
+        "metrics": [each for each in page["metrics"] if each["name"] in shown],
+        "sets": sets[:_MAX_SETS],
+    }
+
+
+def predictions(
+    store: Store, id_: int, after: int | None, conditions: PredictionFilter, limit: int = PAGE_ROWS
+) -> Json:
+    """Return some predictions of an eval, and how to continue; see `Evals.predictions`.
+
+    Raises:
+        LookupError: There is no such eval.
+    """
+    if store.catalogue.evals.get(id_) is None:
+        raise LookupError(id_)
+    page = store.catalogue.evals.predictions(id_, after, limit, conditions)
+    following = page["next"]
+    return {
+        "rows": [_encodable(row) for row in page["rows"]],
+        "next": None if following is None else str(following),
+        "searched": page["searched"],
+    }
+
+
+def prediction(store: Store, id_: int) -> Json:
+    """Return a prediction with all its texts, and those of other evals of the experiment for the same task.
+
+    Raises:
+        LookupError: There is no such prediction.
+    """
+    found = store.catalogue.evals.prediction(id_)
+    own = store.catalogue.evals.get(id_ >> _EVAL_BITS)
+    run = None if own is None else store.catalogue.records.run(own.run)
+    if found is None or own is None or run is None or run.hidden is not None:
+        raise LookupError(id_)
+    others = _same_task(store, id_, own, run)
+    return {"prediction": {"id": id_, **_encodable(found), **_origin(own, run)}, "others": others}
+
+
+def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
+    """Return the checkpoints of an experiment, the newest first, with the metrics at their steps.
+
+    Raises:
+        LookupError: There is no such experiment.
+    """
+    record = find_experiment(store, public_id)
+    page = pages.experiment(store, public_id, now)
+    assert page is not None
+    catalogue = store.catalogue
+    shown = [each["name"] for each in page["headlines"]]
+    runs = catalogue.records.runs(record.id)
+    uploads = _uploads(store, runs)
+    rows: list[Json] = []
+    for run in runs:
+        series = RunValues(run, store.series.names(run.id)).series
+        of_run = catalogue.details.checkpoints(run.id)
+        for each in of_run:
+            upload = uploads.get((run.key, each["name"]), {})
+            rows.append(
+                {
+                    **{name: each.get(name) for name in ("name", "step", "rank", "time", "epoch", "stopped")},
+                    "path": each.get("state_path") or each.get("sampler_path"),
+                    "sampler": each.get("sampler_path"),
+                    "run": run.public,
+                    "run_name": run.key,
+                    "arm": shown_arm(run),
+                    "seed": run.seed,
+                    "upload": upload.get("state"),
+                    "url": upload.get("url"),
+                    "bytes": upload.get("bytes"),
+                    "values": [],
+                }
+            )
+        recent = rows[len(rows) - len(of_run) :]
+        for name in shown:
+            at = _values_at(store, series.get(name), [row["step"] for row in recent])
+            for row, value in zip(recent, at, strict=True):
+                row["values"].append(value)
+    rows.sort(key=lambda row: -row["time"])
+    return {
+        "id": record.public,
+        "name": record.name,
+        "state": page["state"],
+        "now": clock.time() if now is None else now,
+        "arms": shown_arms(record, runs),
+        "shown": [{"name": each["name"], "direction": each["direction"]} for each in page["headlines"]],
+        "total": len(rows),
+        "rows": rows[:_MAX_CHECKPOINTS],
+    }
+
+
+def _cell(values: Iterable[float | None]) -> Json:
+    spread = spread_of(values)
+    return {"mean": spread.mean, "sd": spread.sd, "n": spread.n, "nonfinite": spread.nonfinite}
+
+
+def _direction(page: Json, name: str) -> pages.Direction | None:
+    known = next((each["direction"] for each in page["headlines"] if each["name"] == name), None)
+    return known or pages.direction_of(name)
+
+
+def _best(cells: Sequence[Json], direction: pages.Direction | None) -> int | None:
+    """Return the place of the best cell; None if that is not known, or several are."""
+    means = [cell["mean"] for cell in cells if cell["mean"] is not None]
+    if direction is None or len(means) < 2:  # noqa: PLR2004 # nothing to compare
+        return None
+    best = min(means) if direction == "min" else max(means)
+    places = [place for place, cell in enumerate(cells) if cell["mean"] == best]
+    return places[0] if len(places) == 1 else None
+
+
+def _encodable(row: Mapping[str, Any]) -> Json:
+    """Return a row whose integers a browser reads exactly: ids of predictions are texts."""
+    return {key: str(value) if key == "id" else value for key, value in row.items()}
+
+
+def _origin(row: EvalRow, run: RunRecord) -> Json:
+    return {
+        "of": {
+            "eval": row.name,
+            "step": row.step,
+            "run": run.public,
+            "run_name": run.key,
+            "arm": shown_arm(run),
+            "seed": run.seed,
+        }
+    }
+
+
+def _same_task(store: Store, id_: int, own: EvalRow, run: RunRecord) -> list[Json]:
+    """Return the predictions for the same task in evals of the same name and step, of other runs of the experiment."""
+    runs = {each.id: each for each in store.catalogue.records.runs(run.experiment)}
+    rows = store.database.query(
+        "SELECT id FROM prediction WHERE task = (SELECT task FROM prediction WHERE id = ?) AND id != ? ORDER BY id "
+        "LIMIT 2000",
+        *(id_, id_),
+    )
+    others: list[Json] = []
+    for (other,) in rows:
+        row = store.catalogue.evals.get(other >> _EVAL_BITS)
+        if row is None or row.run not in runs or (row.name, row.step) != (own.name, own.step):
+            continue
+        found = store.catalogue.evals.prediction(other)
+        if found is not None and len(others) < _MAX_SIBLINGS:
+            others.append({"id": str(other), **_encodable(found), **_origin(row, runs[row.run])})
+    return others
+
+
+def _values_at(store: Store, info: SeriesInfo | None, steps: Sequence[int]) -> list[float | None]:
+    """Return the last value of a series up to each step; None where there is none."""
+    import numpy as np
+
+    if info is None or not steps:
+        return [None] * len(steps)
+    if info.n <= _MAX_READ_POINTS:
+        lines = [store.series.read([info.id], width=1).lines[0]] * len(steps)
+    else:
+        lines = [store.series.read([info.id], first=step - _LOOK_BACK, last=step, width=1).lines[0] for step in steps]
+    values: list[float | None] = []
+    for line, step in zip(lines, steps, strict=True):
+        place = int(np.searchsorted(line.x, step, side="right")) - 1
+        values.append(None if place < 0 else finite(float(line.last[place])))
+    return values
+
+
+def _uploads(store: Store, runs: Sequence[RunRecord]) -> dict[tuple[str, str], Json]:
+    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint."""
+    found: dict[tuple[str, str], Json] = {}
+    details = store.catalogue.details
+    for owner, key in [(0, None), *((run.id, run.key) for run in runs)]:
+        for tag in details.event_counts(owner):
+            state = _UPLOAD_EVENTS.get(tag.rpartition(".")[2])
+            for event in [] if state is None else details.kept_events(owner, tag, _MAX_UPLOAD_EVENTS):
+                about = fields(event["fields"])
+                name = (key or str(about.get("run")), str(about.get("checkpoint")))
+                if name not in found or found[name]["time"] < event["time"]:
+                    size = about.get("bytes") or about.get("total_bytes")
+                    found[name] = {"state": state, "url": about.get("url"), "bytes": size, "time": event["time"]}
+    return found
+
+
+def decode_filter(text: str) -> PredictionFilter:
+    """Decode the conditions of a request.
+
+    Raises:
+        ValueError: They are no conditions.
+    """
+    try:
+        return msgspec.json.decode(text or "{}", type=PredictionFilter)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from error

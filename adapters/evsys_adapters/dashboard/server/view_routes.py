@@ -1,0 +1,111 @@
+"""The routes of the pages beside home and experiment: runs, run, compare, deliveries, evals, checkpoints."""
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from evsys_adapters.dashboard import eval_views, views
+from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response
+from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.store import Store
+
+_MAX_FILTER_CHARS: Final = 2_000
+_MAX_ID: Final = (1 << 63) - 1
+"""The largest integer of a column."""
+
+
+_Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+def page_for_browsers(page: _Handler, other: _Handler) -> _Handler:
+    """Return a handler of a path that is a page for browsers and something else for programs."""
+
+    async def answer(request: Request) -> Response:
+        is_page = "text/html" in request.headers.get("accept", "")
+        return await (page if is_page else other)(request)
+
+    return answer
+
+
+class ViewRoutes:
+    """Answers with what `views` reads.
+
+    Args:
+        store: The store's thread.
+        frame: Returns the number of the last live frame: later ones have what changes after an answer.
+    """
+
+    def __init__(self, store: StoreThread, frame: Callable[[], int]) -> None:
+        self._store: Final = store
+        self._frame: Final = frame
+
+    def routes(self) -> list[BaseRoute]:
+        """Return all of them."""
+        return [
+            Route("/api/experiments/{id}/runs", self._runs),
+            Route("/api/experiments/{id}/evals", self._evals),
+            Route("/api/experiments/{id}/checkpoints", self._checkpoints),
+            Route("/api/predictions", self._predictions),
+            Route("/api/predictions/{id}", self._prediction),
+            Route("/api/runs/{id}", self._run),
+            Route("/api/compare", self._compare),
+            Route("/api/health", self._health),
+        ]
+
+    async def _runs(self, request: Request) -> Response:
+        query = request.query_params
+        text, metrics = query.get("q", "")[:_MAX_FILTER_CHARS], query.getlist("metric")
+        return await self._answer(request, lambda store: views.runs(store, request.path_params["id"], text, metrics))
+
+    async def _evals(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: eval_views.evals(store, request.path_params["id"]))
+
+    async def _checkpoints(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: eval_views.checkpoints(store, request.path_params["id"]))
+
+    async def _predictions(self, request: Request) -> Response:
+        query = request.query_params
+        try:
+            id_, after = int(query.get("eval", "")), int(query["after"]) if query.get("after") else None
+            conditions = eval_views.decode_filter(query.get("filter", ""))
+        except ValueError as error:
+            raise AnswerError(400, "query", str(error), fix="send ?eval=ID&after=ID&filter={…}") from error
+        if max(abs(id_), abs(after or 0)) > _MAX_ID:
+            raise AnswerError(404, "id", "no such eval", fix="load the page again")
+        return await self._answer(request, lambda store: eval_views.predictions(store, id_, after, conditions))
+
+    async def _prediction(self, request: Request) -> Response:
+        text: str = request.path_params["id"]
+        id_ = int(text[:20]) if text.isascii() and text.isdecimal() else -1
+        if not 0 <= id_ <= _MAX_ID:
+            raise AnswerError(404, "id", "no such prediction", fix="load the page again")
+        return await self._answer(request, lambda store: eval_views.prediction(store, id_))
+
+    async def _run(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: views.run(store, request.path_params["id"]))
+
+    async def _compare(self, request: Request) -> Response:
+        return await self._answer(request, lambda store: views.compare(store, request.query_params.getlist("r")))
+
+    async def _health(self, request: Request) -> Response:
+        return await self._answer(request, views.health)
+
+    async def _answer(self, request: Request, view: Callable[[Store], Any]) -> Response:
+        frame = self._frame()
+
+        def read(store: Store) -> bytes | None:
+            with contextlib.suppress(LookupError):
+                return msgspec.json.encode({**view(store), "frame": frame})
+            return None
+
+        body = await self._store.call(read)
+        if body is None:
+            raise AnswerError(
+                404, "id", "no such experiment or run", fix="look at the home page; it may be in the trash"
+            )
+        return await compressed_response(request, body, "application/json")

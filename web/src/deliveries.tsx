@@ -1,0 +1,197 @@
+// What couriers have reported of a journal: how far each adapter is, its error with the fix, and the time of hooks.
+import { count, duration, number, shortened } from "./format";
+import { Age } from "./parts";
+
+export interface Delivery {
+  adapter: string;
+  time: number;
+  state: string | null;
+  recorded: number;
+  delivered: number;
+  pending: number;
+  dead: number;
+  owed: number;
+  attempts: number;
+  failing_since: number | null;
+  last_error: string | null;
+  suggested_fix: string | null;
+  log: string | null;
+}
+
+export interface Hook {
+  rank: string;
+  callback: string;
+  hook: string;
+  calls: number;
+  failures: number;
+  blocked: number;
+  mean_seconds: number;
+  max_seconds: number;
+  per_step: number | null;
+}
+
+export interface JournalRows {
+  deliveries: Delivery[];
+  hooks: Hook[];
+  /** Of a run that has ended. */
+  receipt: { complete: boolean; recorded: number; delivered: number; dead: number; pending: number; owed: number } | null;
+}
+
+const MOST_HOOKS = 8;
+
+export function Deliveries({ journal }: { journal: JournalRows }) {
+  const { deliveries, hooks, receipt } = journal;
+  return (
+    <>
+      {receipt && (
+        <p class={`receipt state ${receipt.complete ? "completed" : "stalled"}`}>
+          <span class="sign" aria-hidden="true">
+            {receipt.complete ? "\u2713" : "!"}
+          </span>
+          receipt: {deliveries.map(arrivedText).join("; ")}
+        </p>
+      )}
+      {deliveries.length > 0 && (
+        <div class="scroll">
+          <table class="plain deliveries">
+            <thead>
+              <tr>
+                <th>adapter</th>
+                <th>state</th>
+                <th class="num">recorded</th>
+                <th class="num">delivered</th>
+                <th class="num" title="in the journal, still to be delivered">lag</th>
+                <th class="num" title="delivered, not confirmed by the destination yet">owed</th>
+                <th class="num" title="rejected for good: they are in the dead-letter file">dead</th>
+                <th class="num">reported</th>
+              </tr>
+            </thead>
+            <tbody>
+              {deliveries.map((row) => (
+                <DeliveryRow key={row.adapter} row={row} />
+              ))}
+            </tbody>
+          </table>
+        </div>
+      )}
+      {hooks.length > 0 && <Hooks hooks={hooks} />}
+    </>
+  );
+}
+
+/** What has become of the events for an adapter. */
+function arrivedText(row: Delivery): string {
+  const missing = [
+    row.pending && `${count(row.pending)} not delivered`,
+    row.owed && `${count(row.owed)} not confirmed`,
+    row.dead && `${count(row.dead)} rejected`,
+  ].filter(Boolean);
+  const all = `${count(row.recorded)} event${row.recorded === 1 ? "" : "s"}`;
+  return `${shortened(row.adapter, 80)} ${missing.length ? `lacks some of ${all}: ${missing.join(", ")}` : `has all ${all}`}`;
+}
+
+function DeliveryRow({ row }: { row: Delivery }) {
+  const isBroken = row.last_error !== null || row.dead > 0;
+  const sign = isBroken ? "\u2715" : row.pending ? "\u25b6" : "\u2713";
+  return (
+    <>
+      <tr>
+        <td class="name">
+          <b>{shortened(row.adapter, 80)}</b>
+        </td>
+        <td>
+          <span class={`state ${isBroken ? "failed" : row.pending ? "running" : "completed"}`}>
+            <span class="sign" aria-hidden="true">
+              {sign}
+            </span>
+            {(row.state ?? "unknown").replaceAll("_", " ")}
+          </span>
+        </td>
+        <td class="num">{count(row.recorded)}</td>
+        <td class="num">{count(row.delivered)}</td>
+        <td class="num">{row.pending ? <b>{count(row.pending)}</b> : "0"}</td>
+        <td class="num">{count(row.owed)}</td>
+        <td class="num">{row.dead ? <b class="state failed">{count(row.dead)}</b> : "0"}</td>
+        <td class="num">
+          <Age since={row.time} suffix=" ago" />
+        </td>
+      </tr>
+      {(row.last_error || row.suggested_fix) && (
+        <tr class="why">
+          <td colSpan={8}>
+            <div class="wrapped">
+              {row.last_error && <span class="error">{shortened(row.last_error, 600)}</span>}
+              {row.failing_since !== null && (
+                <span class="muted">
+                  {" "}
+                  since <Age since={row.failing_since} suffix="" />, {count(row.attempts)} attempts
+                </span>
+              )}
+              {row.suggested_fix && (
+                <div>
+                  <span class="label">fix</span> {shortened(row.suggested_fix, 600)}
+                </div>
+              )}
+              {row.log && row.last_error && (
+                <div class="hint path">
+                  <span class="label">log</span> {shortened(row.log, 300)}
+                </div>
+              )}
+            </div>
+          </td>
+        </tr>
+      )}
+    </>
+  );
+}
+
+function Hooks({ hooks }: { hooks: Hook[] }) {
+  const total = hooks.reduce((sum, { per_step }) => sum + (per_step ?? 0), 0);
+  const shown = hooks.slice(0, MOST_HOOKS);
+  return (
+    <details class="hooks" open={hooks.some(({ failures, blocked }) => failures || blocked)}>
+      <summary>
+        hooks take <b>{time(total)}</b> of each step
+      </summary>
+      <div class="scroll">
+        <table class="plain">
+          <thead>
+            <tr>
+              <th>callback</th>
+              <th>hook</th>
+              <th class="num">per step</th>
+              <th class="num">mean</th>
+              <th class="num">longest</th>
+              <th class="num">calls</th>
+              <th class="num">failed</th>
+              <th class="num">blocked</th>
+            </tr>
+          </thead>
+          <tbody>
+            {shown.map((hook) => (
+              <tr key={`${hook.rank} ${hook.callback} ${hook.hook}`}>
+                <td class="name">{shortened(hook.callback, 80)}</td>
+                <td>{shortened(hook.hook, 80)}</td>
+                <td class="num">{hook.per_step === null ? "" : time(hook.per_step)}</td>
+                <td class="num">{time(hook.mean_seconds)}</td>
+                <td class="num">{time(hook.max_seconds)}</td>
+                <td class="num">{count(hook.calls)}</td>
+                <td class="num">{hook.failures ? <b class="state failed">{count(hook.failures)}</b> : "0"}</td>
+                <td class="num">{hook.blocked ? <b class="state stalled">{count(hook.blocked)}</b> : "0"}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+      {hooks.length > shown.length && <p class="muted">and {count(hooks.length - shown.length)} quicker ones</p>}
+    </details>
+  );
+}
+
+/** A short time: "12 \u00b5s", "3.4 ms", "1.2 s". */
+function time(seconds: number): string {
+  if (seconds >= 60) return duration(seconds);
+  if (seconds >= 1) return `${number(seconds)} s`;
+  if (seconds >= 1e-3) return `${(1e3 * seconds).toPrecision(2)} ms`;
+  return seconds > 0 ? `${Math.max(1, Math.round(1e6 * seconds))} \u00b5s` : "0";
+}

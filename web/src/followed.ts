@@ -1,0 +1,48 @@
+// JSON of the server that is read again when something it shows has changed.
+import { useEffect, useState } from "preact/hooks";
+import { getJson } from "./api";
+import { subscribe } from "./live";
+import { useLoaded } from "./parts";
+import { paused } from "./view";
+
+const AGAIN_MS = 2_000;
+
+export interface Answer {
+  now?: number;
+  frame?: number;
+}
+
+/** The answer of a URL; while another one is loaded, the last answer stays. `topicOf` names what announces changes. */
+export function useFollowed<T extends Answer>(url: string, topicOf: (answer: T) => string | null): [T | null, unknown] {
+  const [answer, setAnswer] = useState<T | null>(null);
+  const [loads, setLoads] = useState(0);
+  const isPaused = paused.value;
+  const error = useLoaded(async (abort) => setAnswer(await getJson<T>(url, abort)), `${url} ${loads} ${isPaused}`);
+  const topic = answer && topicOf(answer);
+  useEffect(() => {
+    if (!topic || isPaused) return;
+    let timer = 0;
+    const again = () => {
+      timer = 0;
+      setLoads((count) => count + 1);
+    };
+    const end = subscribe(topic, answer.frame ?? null, () => {
+      timer ||= window.setTimeout(again, AGAIN_MS);
+    });
+    return () => {
+      end();
+      clearTimeout(timer);
+    };
+  }, [topic, isPaused]);
+  return [answer, error];
+}
+
+/** A value once it has stayed the same for a moment: what a reader types is not asked for letter by letter. */
+export function useSettled<T>(value: T, ms = 150): T {
+  const [settled, setSettled] = useState(value);
+  useEffect(() => {
+    const timer = setTimeout(() => setSettled(value), ms);
+    return () => clearTimeout(timer);
+  }, [value]);
+  return settled;
+}

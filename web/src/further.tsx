@@ -1,0 +1,76 @@
+// Pages that the first view does not need: each is loaded when its path is opened.
+import type { ComponentType, VNode } from "preact";
+import { useEffect, useState } from "preact/hooks";
+import { RequestError } from "./api";
+import { Failure, Link } from "./parts";
+import { decoded, search } from "./view";
+
+export interface PageProps {
+  /** What the path names: an experiment or a run. */
+  id: string;
+}
+
+type Page = ComponentType<PageProps>;
+
+const PAGES: [path: RegExp, load: () => Promise<Page>][] = [
+  [/^\/e\/([^/]+)\/runs\/?$/, async () => (await import("./runs")).RunsPage],
+  [/^\/e\/([^/]+)\/evals\/?$/, async () => (await import("./evals")).EvalsPage],
+  [/^\/e\/([^/]+)\/checkpoints\/?$/, async () => (await import("./checkpoints")).CheckpointsPage],
+  [/^\/c\/?$/, async () => (await import("./compare")).ComparePage],
+  [/^\/r\/([^/]+)\/?$/, async () => (await import("./run")).RunPage],
+  [/^\/health\/?$/, async () => (await import("./health")).HealthPage],
+];
+
+const loadedPages = new Map<RegExp, Page>();
+
+/** The page of a path, if it is one of these. */
+export function furtherPage(path: string): VNode | null {
+  for (const [pattern, load] of PAGES) {
+    const found = pattern.exec(path);
+    if (found) return <Further key={path} pattern={pattern} load={load} id={decoded(found[1] ?? "")} />;
+  }
+  return null;
+}
+
+function Further({ pattern, load, id }: { pattern: RegExp; load: () => Promise<Page>; id: string }) {
+  const [error, setError] = useState<unknown>(null);
+  const [, setLoaded] = useState(false);
+  useEffect(() => {
+    if (loadedPages.has(pattern)) return;
+    load().then(
+      (page) => {
+        loadedPages.set(pattern, page);
+        setLoaded(true);
+      },
+      () => setError(new RequestError(0, "This page could not be loaded.", "The dashboard may have been updated: load the page again.")),
+    );
+  }, []);
+  const Page = loadedPages.get(pattern);
+  if (Page) return <Page id={id} />;
+  return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+}
+
+const EXPERIMENT_PAGES = [
+  ["", "overview"],
+  ["metrics", "metrics"],
+  ["runs", "runs"],
+  ["evals", "evals"],
+  ["checkpoints", "checkpoints"],
+] as const;
+
+/** Whether the settings of one page, such as the zoom, make sense on the other. */
+const haveOneView = (...pages: (string | null)[]) => pages.every((page) => page === "" || page === "metrics");
+
+/** Links to the pages of an experiment. */
+export function ExperimentNav({ id, current }: { id: string; current: (typeof EXPERIMENT_PAGES)[number][0] | null }) {
+  const base = `/e/${encodeURIComponent(id)}`;
+  return (
+    <nav aria-label="pages of the experiment">
+      {EXPERIMENT_PAGES.map(([path, label]) => (
+        <Link key={path} to={(path ? `${base}/${path}` : base) + (haveOneView(path, current) ? search.value : "")} class={path === current ? "current" : ""}>
+          {label}
+        </Link>
+      ))}
+    </nav>
+  );
+}

@@ -1,0 +1,337 @@
+// One run: its state and error, curves, evals, checkpoints, alerts, texts, config, deliveries.
+import type { ComponentChildren } from "preact";
+import { useEffect, useMemo } from "preact/hooks";
+import { Charts } from "./charts";
+import { slotsOf } from "./colours";
+import { Deliveries, type JournalRows } from "./deliveries";
+import { type Answer, useFollowed } from "./followed";
+import { bytes, count, counted, duration, number, setting, shortened } from "./format";
+import { ExperimentNav, type PageProps } from "./further";
+import { Age, Failure, Link, Progress, StateWord } from "./parts";
+import type { Alert, Metric, State } from "./types";
+
+export interface RunHead {
+  id: string;
+  name: string;
+  experiment: { id: string; name: string };
+  arm: string;
+  seed: number | null;
+  state: State;
+  error: string | null;
+  step: number | null;
+  num_steps: number | null;
+  unit: string | null;
+  started: number | null;
+  ended: number | null;
+  last_event: number | null;
+  seconds: number | null;
+}
+
+interface EvalRow {
+  id: number;
+  kind: string;
+  name: string;
+  step: number | null;
+  time: number;
+  predictions: number;
+  seconds: number | null;
+  values: Record<string, number | null>;
+}
+
+interface RunAnswer extends RunHead, JournalRows, Answer {
+  /** All arms of the experiment. */
+  arms: string[];
+  rank: number;
+  stop_reason: string | null;
+  path: string | null;
+  tags: string[];
+  notes: string | null;
+  config: Record<string, unknown>;
+  environment: Record<string, unknown>;
+  summary: Record<string, unknown>;
+  extras: Record<string, unknown>;
+  metrics: (Metric & { last: number | null; min: number | null; max: number | null; last_step: number | null })[];
+  evals: EvalRow[];
+  eval_count: number;
+  checkpoints: { name: string; step: number; time: number; stopped?: string | null; state_path?: string | null; sampler_path?: string | null }[];
+  alerts: Omit<Alert, "run">[];
+  texts: { name: string; step: number; text: string }[];
+  contents: { name: string; kind: string; step: number | null; time: number; path: string | null; size: number | null; caption: string | null }[];
+  events: Record<string, number>;
+}
+
+export function RunPage({ id }: PageProps) {
+  const [run, error] = useFollowed<RunAnswer>(`/api/runs/${encodeURIComponent(id)}`, ({ experiment }) => `e/${experiment.id}`);
+  const name = run?.name;
+  useEffect(() => {
+    if (name !== undefined) document.title = `${shortened(name, 80)} \u00b7 evsys-bus`;
+  }, [name]);
+  if (!run) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  return (
+    <main>
+      {error ? <Failure error={error} /> : null}
+      <Head run={run} />
+      <Problems run={run} />
+      <Curves run={run} />
+      <div class="sections">
+        <Evals run={run} />
+        <Checkpoints run={run} />
+        <Texts run={run} />
+        <Contents run={run} />
+        <Values title="config" values={run.config} isOpen />
+        <Values title="summary" values={run.summary} isOpen />
+        <Values title="facts from adapters" values={run.extras} />
+        <Values title="environment" values={run.environment} />
+        <Values title="other events" values={run.events} />
+        {(run.deliveries.length > 0 || run.hooks.length > 0) && (
+          <Section title="deliveries" isOpen>
+            <Deliveries journal={run} />
+          </Section>
+        )}
+      </div>
+    </main>
+  );
+}
+
+function Head({ run }: { run: RunAnswer }) {
+  const { experiment, step, num_steps } = run;
+  const done = num_steps && step !== null ? (step + 1) / num_steps : null;
+  return (
+    <section class="head">
+      <div class="title">
+        <p class="trail">
+          <Link to={`/e/${encodeURIComponent(experiment.id)}`}>{shortened(experiment.name, 80)}</Link>
+          <span class="muted"> / </span>
+        </p>
+        <h1>{shortened(run.name, 300)}</h1>
+        <StateWord state={run.state} />
+        {run.state === "running" && <Progress value={done} state={run.state} />}
+        <ExperimentNav id={experiment.id} current={null} />
+      </div>
+      <p class="facts">
+        {run.arm !== run.name && <Fact label="arm">{shortened(run.arm, 120)}</Fact>}
+        {run.seed !== null && <Fact label="seed">{run.seed}</Fact>}
+        {run.rank > 0 && <Fact label="rank">{run.rank}</Fact>}
+        {step !== null && (
+          <Fact label={run.unit ?? "step"}>
+            {count(step)}
+            {num_steps ? ` of ${count(num_steps)}` : ""}
+          </Fact>
+        )}
+        <Fact label="started">
+          <Age since={run.started} suffix=" ago" />
+        </Fact>
+        {run.seconds !== null && <Fact label={run.ended !== null ? "took" : "for"}>{duration(run.seconds)}</Fact>}
+        {run.ended === null && (
+          <Fact label="last event">
+            <Age since={run.last_event} suffix=" ago" />
+          </Fact>
+        )}
+        {run.stop_reason && <Fact label="stopped">{shortened(run.stop_reason, 200)}</Fact>}
+        {run.tags.slice(0, 30).map((tag) => (
+          <span class="tag" key={tag}>
+            {tag}
+          </span>
+        ))}
+      </p>
+      {run.notes && (
+        <p class="prose">
+          <span class="label">notes</span> {shortened(run.notes)}
+        </p>
+      )}
+      {run.path && <p class="hint path">{shortened(run.path, 400)}</p>}
+    </section>
+  );
+}
+
+function Fact({ label, children }: { label: string; children: ComponentChildren }) {
+  return (
+    <span class="fact">
+      <span class="label">{label}</span> {children}
+    </span>
+  );
+}
+
+function Problems({ run }: { run: RunAnswer }) {
+  if (!run.error && !run.alerts.length) return null;
+  return (
+    <section class="problems" aria-label="what is broken">
+      {run.error && <pre class="whole">{run.error}</pre>}
+      {run.alerts.slice(0, 20).map((alert, i) => (
+        <p class="alert" key={i}>
+          <span class="state stalled">
+            <span class="sign" aria-hidden="true">
+              !
+            </span>
+            {alert.level ?? "alert"}
+          </span>{" "}
+          <b>{shortened(alert.title, 200)}</b> {alert.text && shortened(alert.text, 1_000)}{" "}
+          <span class="muted">
+            <Age since={alert.time} suffix=" ago" />
+          </span>
+        </p>
+      ))}
+      {run.alerts.length > 20 && <p class="muted">and {counted(run.alerts.length - 20, "earlier alert")}</p>}
+    </section>
+  );
+}
+
+function Curves({ run }: { run: RunAnswer }) {
+  const { id, arm, experiment } = run;
+  const slots = useMemo(() => slotsOf(run.arms), [run.arms.join("\0")]); // as on the experiment's page
+  const labels = useMemo(() => new Map([[id, arm]]), [id, arm]);
+  const sources = useMemo(() => [{ experiment: experiment.id, runs: [id] }], [id, experiment.id]);
+  if (!run.metrics.length) return <p class="empty">No metric yet.</p>;
+  const charted = { id: experiment.id, arms: [{ name: arm }], headlines: [], metrics: run.metrics, sources, labels };
+  return <Charts experiment={charted} slots={slots} isGrouped={run.metrics.length > 12} />;
+}
+
+const MOST_EVALS = 12;
+
+function Evals({ run }: { run: RunAnswer }) {
+  if (!run.evals.length) return null;
+  return (
+    <Section title={`evals (${count(run.eval_count)})`} isOpen>
+      <div class="scroll">
+        <table class="plain">
+          <thead>
+            <tr>
+              <th>eval</th>
+              <th class="num">step</th>
+              <th>metrics</th>
+              <th class="num">predictions</th>
+              <th class="num">when</th>
+            </tr>
+          </thead>
+          <tbody>
+            {run.evals.slice(0, MOST_EVALS).map((row) => (
+              <tr key={row.id}>
+                <td class="name">{shortened(row.name, 100)}</td>
+                <td class="num">{row.step === null ? "end" : count(row.step)}</td>
+                <td class="values">
+                  {Object.entries(row.values).slice(0, 12).map(([name, value]) => (
+                    <span key={name} class="fact">
+                      <span class="label">{shortened(name.startsWith(`${row.name}/`) ? name.slice(row.name.length + 1) : name, 60)}</span> {number(value)}
+                    </span>
+                  ))}
+                </td>
+                <td class="num">
+                  {row.predictions ? (
+                    <Link to={`/e/${encodeURIComponent(run.experiment.id)}/evals?a=${row.id}`}>{count(row.predictions)}</Link>
+                  ) : (
+                    ""
+                  )}
+                </td>
+                <td class="num">
+                  <Age since={row.time} suffix=" ago" />
+                </td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+      {run.eval_count > MOST_EVALS && <p class="muted">the latest {MOST_EVALS}; the curves above show all</p>}
+    </Section>
+  );
+}
+
+function Checkpoints({ run }: { run: RunAnswer }) {
+  if (!run.checkpoints.length) return null;
+  const latest = run.checkpoints.slice(-20).reverse();
+  return (
+    <Section title={`checkpoints (${count(run.checkpoints.length)})`} isOpen>
+      <div class="scroll">
+        <table class="plain">
+          <thead>
+            <tr>
+              <th>checkpoint</th>
+              <th class="num">step</th>
+              <th>where</th>
+              <th class="num">when</th>
+            </tr>
+          </thead>
+          <tbody>
+            {latest.map((row) => (
+              <tr key={row.name}>
+                <td class="name">{shortened(row.name, 100)}</td>
+                <td class="num">{count(row.step)}</td>
+                <td class="path">{shortened(row.state_path ?? row.sampler_path ?? "", 300)}</td>
+                <td class="num">
+                  <Age since={row.time} suffix=" ago" />
+                </td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </Section>
+  );
+}
+
+function Texts({ run }: { run: RunAnswer }) {
+  if (!run.texts.length) return null;
+  return (
+    <Section title={`texts (${count(run.texts.length)})`} isOpen>
+      {run.texts.slice(0, 30).map(({ name, step, text }) => (
+        <details class="text" key={name}>
+          <summary>
+            <b class="name">{shortened(name, 120)}</b> <span class="muted">step {count(step)}</span>{" "}
+            <span class="hint">{shortened(text.trim().split("\n")[0] ?? "", 160)}</span>
+          </summary>
+          <pre>{text}</pre>
+        </details>
+      ))}
+    </Section>
+  );
+}
+
+function Contents({ run }: { run: RunAnswer }) {
+  if (!run.contents.length) return null;
+  return (
+    <Section title={`files and media (${count(run.contents.length)})`}>
+      <div class="scroll">
+        <table class="plain">
+          <tbody>
+            {run.contents.slice(-60).reverse().map((item, i) => (
+              <tr key={i}>
+                <td class="name">{shortened(item.name, 120)}</td>
+                <td>{item.kind}</td>
+                <td class="num">{item.step === null ? "" : `step ${count(item.step)}`}</td>
+                <td class="num">{item.size ? bytes(item.size) : ""}</td>
+                <td class="path">{shortened(item.path ?? item.caption ?? "", 200)}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </Section>
+  );
+}
+
+function Section({ title, isOpen = false, children }: { title: string; isOpen?: boolean; children: ComponentChildren }) {
+  return (
+    <details class="section" open={isOpen}>
+      <summary>
+        <h2>{title}</h2>
+      </summary>
+      {children}
+    </details>
+  );
+}
+
+function Values({ title, values, isOpen = false }: { title: string; values: Record<string, unknown>; isOpen?: boolean }) {
+  const entries = Object.entries(values);
+  if (!entries.length) return null;
+  return (
+    <Section title={`${title} (${count(entries.length)})`} isOpen={isOpen && entries.length <= 60}>
+      <dl class="columns">
+        {entries.slice(0, 500).map(([key, value]) => (
+          <div key={key}>
+            <dt>{shortened(key, 120)}</dt>
+            <dd>{typeof value === "string" ? shortened(value, 400) : setting(value)}</dd>
+          </div>
+        ))}
+      </dl>
+    </Section>
+  );
+}
