@@ -80,6 +80,16 @@ class TestGateway:
         assert [run["checkpoints"] for run in page["runs"]] == [1] * 4
         assert {run["id"] for run in page["runs"]} == set(runs.values())
 
+    def test_texts_of_a_megabyte_as_names_leave_the_list_of_experiments_small(self, store, call):
+        text = "x" * 1_000_000
+        experiment = call("create_experiment", experiment_name=text, hypothesis=text, tags=[text])["id"]
+        run = call("create_run", experiment_id=experiment, run_config={"name": text, "arm": text})["id"]
+        call("log_metrics", run_id=run, step=0, metrics={text: 1.0, text[:5_000]: 2.0}, split="val")
+        assert call("get_metrics", run_id=run) != []
+        assert len(msgspec.json.encode(pages.home(store, NOW))) < 3_000
+        [series] = [each.name for each in store.series.names(store.catalogue.run_id(run))]
+        assert len(series) <= 4_096 + len("val/")
+
     def test_creations_answer_an_object_with_a_text_as_id(self, call):
         experiment = call("create_experiment", experiment_name="e")
         run = call("create_run", experiment_id=experiment["id"])
