@@ -6,8 +6,12 @@ Name the suites to run, or none for all of them. The group installs gigabytes; m
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+
+import click
 
 from benchmarks import loggers as heavy
+from benchmarks.dashboard import DashboardSuite
 from benchmarks.evsys_logger import EvsysLoggerSuite
 from benchmarks.frameworks import FRAMEWORKS, FrameworkRuns
 from benchmarks.survival import TaskSurvival
@@ -25,6 +29,12 @@ from evsys_bus.bench.shapes import SHAPES
 from evsys_bus.bench.suite import Suite
 from evsys_bus.bench.wakeup_latency import WAKEUP_LATENCY
 from evsys_bus.cli.bench import bench_command
+
+_DASHBOARD = DashboardSuite()
+
+
+def _set_of_dashboard(_: click.Context, option: click.Parameter, value: object) -> None:
+    setattr(_DASHBOARD, option.name or "", value)
 
 
 def _suites() -> Mapping[str, Suite]:
@@ -49,9 +59,26 @@ def _suites() -> Mapping[str, Suite]:
         UploadSteps(),
         EvsysLoggerSuite(),
         FrameworkRuns(),
+        _DASHBOARD,
     )
     return {suite.name: suite for suite in suites}
 
 
+def _command() -> click.Command:
+    command = bench_command(_suites, doc="Run the suites of `evsys-bus bench` against heavier peers, and some more.")
+    for name, kind, text in (
+        ("points", click.IntRange(min=20_000), "Points of `dashboard`; ten million, with --quick one."),
+        (
+            "figures",
+            click.Path(dir_okay=False, path_type=Path),
+            "Markdown file to write the figures of `dashboard` to.",
+        ),
+    ):
+        command.params.append(
+            click.Option([f"--{name}"], type=kind, help=text, expose_value=False, callback=_set_of_dashboard)
+        )
+    return command
+
+
 if __name__ == "__main__":
-    bench_command(_suites, doc="Run the suites of `evsys-bus bench` against heavier peers, and `survival`.")()
+    _command()()

@@ -25,6 +25,7 @@ from operator import length_hint
 from typing import Any, Final
 
 from evsys_bus.bus.health import HookHealth
+from evsys_bus.bus.lifecycle import RUN_BOUNDARIES
 from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
 from evsys_bus.events import Event, event_tag, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
@@ -186,6 +187,8 @@ class CompiledDispatch:
             for number, line in enumerate(source.splitlines(), start=1)
             if (call := _HOOK_CALL.match(line))
         }
+        self.lines_after_calls = _find_lines_after_calls(source)
+        """Those that run when hooks are called, or after that."""
         self._namespace: dict[str, Any] = {
             "__name__": __name__,
             "__loader__": _SourceLoader(source),
@@ -259,6 +262,16 @@ class CompiledDispatch:
         linecache.cache.pop(self.filename, None)  # a traceback may have added it
 
 
+def _find_lines_after_calls(source: str) -> frozenset[int]:
+    found: list[int] = []
+    calls = False
+    for number, line in enumerate(source.splitlines(), start=1):
+        calls = not line.startswith("def ") and (calls or _HOOK_CALL.match(line) is not None)
+        if calls and line.strip() not in {"before(event)", "timed(event)", "settle(error)"}:
+            found.append(number)
+    return frozenset(found)
+
+
 class _SourceLoader:
     """Shows the compiled code in tracebacks for as long as the code itself lives."""
 
@@ -311,7 +324,7 @@ def _generate_source(
         prepare=_indent(prepare, 12),
         prepare_in_dispatch=_indent(prepare, 4),
         enter=enter_code.format(""),
-        before="before(event)" if calls else "pass",
+        before="before(event)" if calls or event_type in RUN_BOUNDARIES else "pass",
         enter_in_dispatch=enter_code.format("at or "),
         leave=leave_code if recorded else "pass",
         calls=_indent(calls, 16),

@@ -22,10 +22,9 @@ from evsys_bus.bus.lifecycle import (
     BusLifecycle,
     CallbackCloser,
     OpenRuns,
+    callbacks_to_close,
     check_threads_are_real,
-    close_callback,
-    has_cleanup,
-    may_close,
+    close_removed,
     shared_callbacks_lock,
     validate_seconds,
 )
@@ -118,30 +117,10 @@ class EventBus:
     """
 
     __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
-        *(
-            "__dict__",
-            "__weakref__",
-            "receipt",
-            "row_merger",
-            "runs",
-            "_bare_tasks",
-            "_closes_callbacks",
-            "_compiled_publish",
-        ),
-        *(
-            "_delivery_manager",
-            "_drain_timeout",
-            "_faults",
-            "_journal",
-            "_lifecycle",
-            "_loop_thread",
-            "_next_parts",
-            "_open_runs",
-            "_publisher",
-            "_rank",
-            "_recorder",
-        ),
-        *("_redaction", "_shutdown", "_task_manager", "_watchdog"),
+        *("__dict__", "__weakref__", "receipt", "row_merger", "runs", "_bare_tasks", "_closes_callbacks"),
+        *("_compiled_publish", "_delivery_manager", "_drain_timeout", "_faults", "_journal", "_lifecycle"),
+        *("_loop_thread", "_next_parts", "_open_runs", "_publisher", "_rank", "_recorder", "_redaction"),
+        *("_shutdown", "_task_manager", "_watchdog"),
     )
 
     def __init__(
@@ -238,6 +217,10 @@ class EventBus:
         """Record an event without calling hooks, after a publish that Ctrl-C interrupted behind them."""
         self._publisher.record(event)
 
+    def were_hooks_called(self, error: BaseException) -> bool:
+        """Return whether an error that `publish` has raised came when it called hooks, or after that."""
+        return self._publisher.were_hooks_called(error)
+
     @property
     def journal_writer(self) -> JournalWriter | None:
         """What writes the journal; None if nothing is recorded."""
@@ -301,17 +284,11 @@ class EventBus:
         if self._delivery_manager.has_adapter(callback):
             why = "its events are recorded, and are delivered to it until the bus is left"
             log().warning("callback.still_followed", callback=callback_name(callback), why=why)
+        dispatches = self._publisher.dispatches
         self._publisher.change_callbacks(
             lambda callbacks: tuple(each for each in callbacks if each is not callback),
-            partial(self._close_removed, callback),
+            partial(close_removed, callback, self, dispatches.has_called, dispatches.count_failed_close),
         )
-
-    def _close_removed(self, callback: object) -> None:
-        with shared_callbacks_lock:
-            closes = may_close(callback, self, has_called=self._publisher.dispatches.has_called(callback))
-        if closes:
-            close_callback(callback, self._publisher.dispatches.count_failed_close)
-        detach(callback, self)
 
     def spawn(
         self,
@@ -484,7 +461,7 @@ class EventBus:
         log()  # the first warning must not import structlog in the middle of a step
         opening = UninterruptibleCall(self._open_components, "evsys-bus-entry")
         try:
-            opening.run(_noop)
+            opening.run(lambda: None)
             self._bare_tasks.adopt_on_running_loop()
             self._lifecycle.install_exit_handlers(self.__exit__)
             add_open_bus(self)
@@ -503,7 +480,7 @@ class EventBus:
         if self._shutdown is None:
             self._shutdown = UninterruptibleCall(partial(self._undo_open, opening, running_loop()), _EXIT_THREAD_NAME)
         try:
-            self._shutdown.run(_noop)
+            self._shutdown.run(lambda: None)
         finally:
             self._complete_exit()
 
@@ -593,14 +570,11 @@ class EventBus:
             return default
 
     def _finish_deliveries(self, receipt: Receipt, deadline: Deadline) -> Receipt:
-        has_called = self._publisher.dispatches.has_called
         with shared_callbacks_lock:
             self._closes_callbacks = True
-            closing_callbacks = [
-                each
-                for each in self._publisher.callbacks
-                if has_cleanup(each) and may_close(each, self, has_called=has_called(each))
-            ]
+            closing_callbacks = callbacks_to_close(
+                self._publisher.callbacks, self, self._publisher.dispatches.has_called
+            )
         if not (self._delivery_manager or closing_callbacks or self._delivery_manager.has_unconfirmed):
             return receipt
         loop = self._lifecycle.loop
@@ -634,7 +608,3 @@ class EventBus:
     def _owner_at(self, frame: FrameType | None) -> str | None:
         stats = self._publisher.enclosing_hook(frame)
         return None if stats is None else stats.owner
-
-
-def _noop() -> None:
-    """Ignore the interrupt: nothing here can be cut short."""

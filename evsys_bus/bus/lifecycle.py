@@ -12,12 +12,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import FrameType
 from typing import Any, Final
 
 from evsys_bus.adapter import Adapter
-from evsys_bus.callback import Callback, callback_name, check_return_value
+from evsys_bus.callback import Callback, Spawner, callback_name, check_return_value, detach
 from evsys_bus.codec import error_text
 from evsys_bus.codec.wire_types import attribute_reader, run_and_root, run_key_text
 from evsys_bus.context import ArmResult, LoopArtifacts, RunResult, Status
@@ -326,6 +326,23 @@ def may_close(callback: object, bus: object, *, has_called: bool) -> bool:
     is_shared = any(each is not bus and each.may_call_hooks() for each in callback.evsys_attached)
     object.__setattr__(callback, "evsys_left_open", is_needed and is_shared)  # it may be a frozen dataclass
     return is_needed and not is_shared
+
+
+def callbacks_to_close(callbacks: Iterable[object], bus: object, has_called: Callable[[object], bool]) -> list[object]:
+    """Return those that a bus which is being left closes."""
+    with shared_callbacks_lock:
+        return [each for each in callbacks if has_cleanup(each) and may_close(each, bus, has_called=has_called(each))]
+
+
+def close_removed(
+    callback: object, bus: Spawner, has_called: Callable[[object], bool], on_failure: Callable[[object], None]
+) -> None:
+    """Close a callback that was removed from a bus, unless another one has it, and detach it."""
+    with shared_callbacks_lock:
+        closes = may_close(callback, bus, has_called=has_called(callback))
+    if closes:
+        close_callback(callback, on_failure)
+    detach(callback, bus)
 
 
 def close_callback(callback: object, on_failure: Callable[[object], None]) -> None:

@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -480,6 +481,14 @@ class Publisher:
         if self.recorder is None:
             return EventInfo(time.time())
         return self.recorder.event_info(compiled.event_time(), recorded=compiled.record_first)
+
+    def were_hooks_called(self, error: BaseException) -> bool:
+        """Return whether an error that a publish has raised came when it called hooks, or after that."""
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            compiled = self.dispatches.find(frame.f_code.co_filename)
+            if compiled is not None and line in compiled.lines_after_calls:
+                return True
+        return False
 
     def current_hook(self) -> HookCall[HookStats] | None:
         """Return the hook call in progress, for the watchdog."""

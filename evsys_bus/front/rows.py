@@ -35,9 +35,8 @@ class LoggedRow(msgspec.Struct, eq=False):
     sequence: int
     """The next one of the journal when the row began; it is on record behind it, or not at all."""
     parts: int = 1
-    is_complete: bool = False
-    thread: int = 0
-    """Which has completed it, and publishes it."""
+    completed_by: int = 0
+    """The thread that has completed it and publishes it; 0 while it is open."""
     is_called: bool = False
     """Whether its hooks were called, the first of them at least."""
 
@@ -52,29 +51,33 @@ class UnpublishedRows:
     def __init__(self) -> None:
         self.writer: JournalWriter | None = None
         """That of the journal on which the rows are recorded."""
+        self.is_merged = False
+        """Whether a `RowMerger` has the open row."""
         self._rows: Final[list[LoggedRow]] = []
         self._lock: Final = threading.RLock()  # a signal handler may log, too
 
     def open_row(self) -> LoggedRow | None:
         """Return the row that is not complete yet."""
         rows = self._rows
-        return rows[-1] if rows and not rows[-1].is_complete else None
+        return rows[-1] if rows and not rows[-1].completed_by else None
 
     def add(self, step: int, part: Row, *, commit: bool, after_left: bool = False) -> tuple[LoggedRow, ...] | None:
         """Add a part; return the rows that are complete by it, the one of the part itself last.
 
         A part of an earlier step than that of the open row is a row of its own: receivers merge rows of one step.
 
-        Returns None without adding anything if there are complete rows, see `left`, unless with ``after_left``.
+        Returns None without adding anything if there are complete rows, see `left`, or if this is the first part of a
+        row and nothing merges it yet; unless with ``after_left``.
         """
         with self._lock:
             rows = self._rows
             open_row = rows[-1] if rows else None
-            if open_row is not None and (open_row.is_complete or open_row is not rows[0]):
-                if not after_left:
-                    return None
-                if open_row.is_complete:
-                    open_row = None
+            if not after_left and (
+                not (commit or self.is_merged) if open_row is None else open_row.completed_by or open_row is not rows[0]
+            ):
+                return None
+            if open_row is not None and open_row.completed_by:
+                open_row = None
             complete: tuple[LoggedRow, ...] = ()
             if open_row is not None and open_row.step <= step:
                 is_same_row = open_row.step == step
@@ -83,8 +86,7 @@ class UnpublishedRows:
                     open_row.parts += 1
                     if not commit and open_row.parts < MAX_PARTS:
                         return ()
-                open_row.thread = get_ident()
-                open_row.is_complete = True
+                open_row.completed_by = get_ident()
                 complete, open_row = (open_row,), None
                 if is_same_row:
                     return complete
@@ -93,8 +95,11 @@ class UnpublishedRows:
             if open_row is None and not commit:
                 rows.append(LoggedRow(step, {**part}, sequence))  # a copy, because the part is published too
                 return complete
-            row = LoggedRow(step, part, sequence, 1, True, get_ident())
-            rows.insert(len(rows) if open_row is None else len(rows) - 1, row)
+            row = LoggedRow(step, part, sequence, 1, get_ident())
+            if open_row is None:
+                rows.append(row)
+            else:
+                rows.insert(len(rows) - 1, row)
         return (*complete, row)
 
     def take(self) -> tuple[LoggedRow, ...]:
@@ -103,8 +108,7 @@ class UnpublishedRows:
             row = self.open_row()
             if row is None:
                 return ()
-            row.thread = get_ident()
-            row.is_complete = True
+            row.completed_by = get_ident()
         return (row,)
 
     def merge_open_row(self, metrics: Row) -> None:
@@ -118,12 +122,14 @@ class UnpublishedRows:
     def are_left(self) -> bool:
         """Return whether there are complete rows: left by an interrupt, or being published further up or elsewhere."""
         rows = self._rows
-        return len(rows) > 1 or (len(rows) == 1 and rows[0].is_complete)
+        return len(rows) > 1 or (len(rows) == 1 and rows[0].completed_by != 0)
 
     def left(self, *, of_all_threads: bool = False) -> list[LoggedRow]:
         """Return the complete rows that this thread publishes, or those of all threads."""
         thread = get_ident()
-        return [each for each in tuple(self._rows) if each.is_complete and (of_all_threads or each.thread == thread)]
+        return [
+            each for each in tuple(self._rows) if each.completed_by == thread or (each.completed_by and of_all_threads)
+        ]
 
     def is_on_record(self, row: LoggedRow, run: str) -> bool:
         """Return whether a row of this run whose publish was interrupted is on record."""
@@ -193,7 +199,7 @@ _STREAMS_READ: Final = 2
 class RowMerger:
     """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks.
 
-    And marks the rows that the run itself publishes: from then on their hooks are called.
+    And marks the rows that a run itself publishes: from then on their hooks are called.
     """
 
     def __init__(self, publish: Callable[[StepEnd], None]) -> None:
@@ -227,12 +233,6 @@ class RowMerger:
             rows.remove(each)
 
 
-def was_first_hook_interrupted(error: BaseException) -> bool:
-    """Return whether this was raised in the hook of `RowMerger`, before it could mark a row; the others were called."""
-    code = RowMerger.on_step_end.__code__
-    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
 class RowPublisher:
     """Publishes the rows of a run. Ctrl-C may come between any two statements; the next call completes what it left."""
 
@@ -241,20 +241,25 @@ class RowPublisher:
         self._state: Final = state
         self._rows: Final = rows
         self._merger = RowMerger(bus.publish)
-        self.is_attached = False
         self.last_metrics: Row = {}
         """Those of the newest row."""
 
-    def attach(self) -> None:
-        """Have rows of this bus looked at before other hooks see them; see `RowMerger`."""
+    def _add_merger(self) -> None:
         bus = self._bus
         if bus.row_merger is None:
             bus.add_first(self._merger)
             bus.row_merger = self._merger
         self._merger = bus.row_merger
         self._merger.rows[self._state.run_key] = self._rows
-        self._rows.writer = bus.journal_writer
-        self.is_attached = True
+        self._rows.is_merged = True
+
+    def add_after_left(self, step: int, part: Row, *, commit: bool) -> tuple[LoggedRow, ...] | None:
+        """Publish what an interrupt has left and add a part, see `UnpublishedRows.add`; None if a left row has it."""
+        if not (commit or self._rows.is_merged):
+            self._add_merger()
+        if self.publish_left(step, part):
+            return None
+        return self._rows.add(step, part, commit=commit, after_left=True)
 
     def publish_open(self) -> None:
         """Publish the open row, which is complete."""
@@ -279,7 +284,7 @@ class RowPublisher:
                 self._bus.publish_row(event, next_part)
             self._rows.remove(row)
         except BaseException as error:  # raised again; the row is left, see `publish_left`
-            row.is_called = row.is_called or was_first_hook_interrupted(error)
+            row.is_called = row.is_called or self._bus.were_hooks_called(error)
             self._rows.keep(row)
             raise
 
@@ -303,6 +308,7 @@ class RowPublisher:
                     row.metrics.update(part)
                     has_part = True
                 self.publish(row)
+                row.is_called = True
         return has_part
 
     def _is_publishing(self) -> bool:

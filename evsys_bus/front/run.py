@@ -120,9 +120,7 @@ class Run(ContentLogger):
 
     # -- what a program logs ------------------------------------------------------------------------------------------
 
-    def log(  # noqa: C901 - calls are slow
-        self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False
-    ) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int | None = None, *, commit: bool = False) -> None:
         """Log metrics of a step; may be called several times for one step, and adds to its row each time.
 
         The row is complete, and reaches the callbacks, with ``commit=True``, when a later step comes, or at the end.
@@ -145,17 +143,15 @@ class Run(ContentLogger):
         has_plain_keys = are_known_keys(part) or _TEXT.issuperset(map(type, part))
         if not (has_plain_keys and PLAIN.issuperset(map(type, part.values()))):
             part = self._plain_part(part, step)
-        publisher = self._row_publisher
-        if not publisher.is_attached:
-            publisher.attach()
         complete = self._rows.add(step, part, commit=commit)
         if complete is None:
-            if publisher.publish_left(step, part):
+            complete = self._row_publisher.add_after_left(step, part, commit=commit)
+            if complete is None:
                 return
-            complete = self._rows.add(step, part, commit=commit, after_left=True)
         if not complete:
             self.bus.publish(Metrics(self.state, step, part))
             return
+        publisher = self._row_publisher
         row = complete[-1]
         if len(complete) > 1:
             publisher.publish(complete[0])
@@ -377,6 +373,7 @@ class Run(ContentLogger):
     def attached(self) -> Generator[Self]:
         """Make this the current run inside the block, for a loop that publishes its starts, rows and ends itself."""
         self.is_open = self._is_attached = True
+        self._rows.writer = self.bus.journal_writer
         add_open(self)
         try:
             with activated(self):
@@ -395,6 +392,7 @@ class Run(ContentLogger):
                 self._capture_output()
             self._save_start()
         self._find_first_step()
+        self._rows.writer = self.bus.journal_writer
         self.is_open = True
         add_open(self)
         self.bus.runs.append(self)

@@ -411,6 +411,32 @@ class TestRunFacts:
         Delivery(store, "c0-courier").send(PageUpdated("p"), run="a-s0")
         assert store.catalogue.details.event_counts(only_run(store)) == {"page_updated": 1}
 
+    def test_a_level_of_an_alert_that_is_none_of_ours_is_a_warning(self, store, delivery):
+        delivery.send(Alert(context(), "t", level="x" * 1_000))  # pyright: ignore[reportArgumentType] # a test's text
+        assert [each.level for each in store.catalogue.details.alerts([only_run(store)])] == ["warning"]
+
+    def test_an_event_of_a_courier_that_comes_before_its_run_waits_for_it_and_makes_no_experiment(
+        self, store, delivery
+    ):
+        class PageAdded(Event, frozen=True):
+            page: str
+
+        courier = Delivery(store, "c0-courier")
+        courier.send(PageAdded("first"), PageAdded("second"), run="a-s0")
+        courier.send(RunAnnotated("a-s0", {"url": "https://example.org"}))
+        assert store.catalogue.records.experiments() == []
+        delivery.send(RunStart(context()))
+        run, details = only_run(store), store.catalogue.details
+        assert [each["fields"] for each in details.kept_events(run, "page_added")] == [
+            {"page": "second"},
+            {"page": "first"},
+        ]
+        assert store.catalogue.records.run(run).extras == {"url": "https://example.org"}
+        assert [each.name for each in store.catalogue.records.experiments()] == ["lr"]
+        courier.send(PageAdded("third"), run="a-s0")
+        assert details.event_counts(run) == {"page_added": 3}
+        assert details.event_counts(0) == {}
+
     def test_statuses_of_deliveries_belong_to_the_experiment_of_their_journal(self, store, delivery):
         def changed(kind, **fields):
             return UnknownEvent(f"run.{kind}", {"journal": "/runs/lr/journal", **fields})

@@ -226,6 +226,19 @@ def test_where_the_dashboard_cannot_read_the_journal_it_is_parked_with_the_comma
     assert f"evsys-bus dash --import {journal}" in delivery.fix
 
 
+def test_while_the_disk_of_the_dashboard_is_full_the_status_names_the_reason_and_the_fix(tmp_path, found):
+    journal = record(tmp_path / "journal")
+    refusal = {"error": {"code": "store", "message": "the disk is full", "fix": "free space on the disk of /data"}}
+    found.fault = lambda path: JSONResponse(refusal, 503, {"Retry-After": "1"}) if "ingest" in path else None
+    with EventBus([EvsysLoggerCallback()], journal=journal) as bus:
+        train(bus, tmp_path / "again", 5)
+        wait_until(lambda: status(journal).state == "retrying")
+        error = status(journal).last_error
+        assert "the disk is full; free space on the disk of /data" in error
+        found.fault = None
+        wait_until(lambda: has_all(found, journal))
+
+
 @pytest.mark.parametrize("fault", ["cut", "login_page", 500, 503, 429])
 def test_every_request_fails_once_and_every_event_is_there_once(tmp_path, found, fault):
     seen = set()
@@ -282,6 +295,7 @@ def test_a_body_continues_where_the_last_one_of_its_stream_ended(tmp_path, found
     assert all(before[3] == after[1] for before, after in pairwise(bodies))
 
 
+@pytest.mark.long
 def test_a_dashboard_that_is_killed_and_comes_back_gets_everything_and_the_loop_never_waits(tmp_path, found):
     took = []
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal", drain_timeout=15) as bus:
@@ -325,6 +339,7 @@ with EventBus([EvsysLoggerCallback()], journal=folder + "/journal") as bus:
 """
 
 
+@pytest.mark.long
 def test_kills_of_the_program_and_of_its_courier_leave_no_gap_and_nothing_twice(tmp_path, found):
     journal = tmp_path / "journal"
     for _ in range(2):

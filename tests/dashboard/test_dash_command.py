@@ -171,6 +171,7 @@ def test_a_dashboard_that_starts_imports_the_runs_that_it_is_given(home, tmp_pat
         process.terminate()
 
 
+@pytest.mark.long
 def test_a_file_that_a_killed_dashboard_has_left_is_replaced(dashboard):
     dashboard.kill()
     dashboard.wait()
@@ -215,10 +216,15 @@ def test_run_with_dash_starts_it_sends_the_run_and_leaves_it_running(experiment)
     [shown] = experiments()
     assert (shown["name"], shown["state"], shown["runs"]["completed"]) == ("sweep", "completed", 1)
     assert state_path().with_name("dashboard.log").stat().st_mode & 0o77 == 0
-    code, out, err = evsys_bus("run", experiment, "--dash", "--progress", "off", "--output-dir", "again")
+
+
+@pytest.mark.long
+def test_run_with_dash_uses_the_dashboard_that_runs(dashboard, experiment):
+    state = read_state()
+    code, out, err = evsys_bus("run", experiment, "--dash", "--progress", "off")
     assert code == 0, out + err
     assert read_state() == state
-    assert len(experiments()) == 2
+    assert [each["name"] for each in experiments()] == ["sweep"]
 
 
 def test_where_the_dashboard_cannot_start_the_run_does_not_begin_and_the_reason_is_shown(experiment, home):
@@ -230,6 +236,7 @@ def test_where_the_dashboard_cannot_start_the_run_does_not_begin_and_the_reason_
     assert not (home / "runs").exists()
 
 
+@pytest.mark.long
 def test_with_a_key_of_the_hosted_service_a_run_with_dash_still_goes_to_the_dashboard(experiment, monkeypatch):
     monkeypatch.setenv("EVSYS_API_KEY", "evk-of-the-service")
     code, out, err = evsys_bus("run", experiment, "--dash", "--progress", "off", "--strict")
@@ -238,6 +245,7 @@ def test_with_a_key_of_the_hosted_service_a_run_with_dash_still_goes_to_the_dash
 
 
 @pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.long
 def test_the_browser_is_opened_on_a_terminal_unless_it_is_not_to_be(dashboard, home, monkeypatch, wanted):
     browser = home / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {home}/opened\n')

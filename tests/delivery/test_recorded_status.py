@@ -177,6 +177,7 @@ def test_an_idle_program_records_each_status_once_also_while_a_dashboard_gets_th
     assert done.stdout.count("delivery_changed") >= 2
 
 
+@pytest.mark.long
 def test_couriers_on_threads_record_too(tmp_path):
     journal = tmp_path / "journal"
 

@@ -364,6 +364,7 @@ def test_a_part_that_is_recorded_late_does_not_remove_the_row_of_a_later_step(tm
 
 def test_a_row_that_an_interrupt_left_unpublished_stays_until_it_is_removed():
     rows = UnpublishedRows()
+    rows.is_merged = True
     rows.add(0, {"a": 0.0}, commit=False)
     [row] = rows.add(1, {"a": 1.0}, commit=False)
     assert rows.add(1, {"b": 1.0}, commit=False) is None  # as if Ctrl-C came before the complete row was published

@@ -34,6 +34,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/front/environment.py": "the collection of a part; drivers",
     "evsys_bus/front/media.py": "code of values",
     "evsys_bus/front/output.py": "a program's streams",
+    "evsys_bus/front/rows.py": "an interrupt of a publish, raised again",
     "evsys_bus/front/run.py": "the code of a step that is no int; entering, raised again",
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",

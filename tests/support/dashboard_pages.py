@@ -168,7 +168,9 @@ def _hostile(store: Store) -> None:
     state = state_of(ctx, num_steps=9)
     delivery.send(ExperimentStart(root), RunStart(ctx), TrainStart(state))
     delivery.send(*(StepEnd(state, step, metrics={HOSTILE: step, "m" * 900: -step}) for step in range(9)))
-    delivery.send(Alert(ctx, text, text), RunEnd(ctx, RunResult(status="failed", error=text), ArmResult("")))  # pyright: ignore[reportArgumentType] # a test's text
+    wide = "w" * 2_000
+    delivery.send(StepEnd(state, 9, metrics={f"{wide}/{wide}": 1.0, f"{wide}/m": 2.0}), Eval(state, 9, text, {text: 1.0}))
+    delivery.send(Alert(ctx, text, text), Alert(ctx, text, text, text), RunEnd(ctx, RunResult(status="failed", error=text), ArmResult("")))  # pyright: ignore[reportArgumentType] # a test's text
 
 
 class PageServer:

@@ -30,6 +30,7 @@ from evsys_adapters.dashboard.hosted_records import HostedRecords
 from evsys_adapters.dashboard.records import Records, RunIdentity, RunRecord, as_uuid
 from evsys_adapters.dashboard.series import Changes, SeriesStore
 from evsys_adapters.dashboard.values import (
+    MAX_NAME_CHARS,
     UNREADABLE,
     add_names,
     add_value,
@@ -46,6 +47,9 @@ from evsys_bus.reading import JOURNAL
 _MAX_NAMES: Final = 100_000
 _MAX_RANK: Final = 1 << 31
 _PACE_WEIGHT: Final = 0.1
+_ALERT_LEVELS: Final = frozenset({"info", "warning", "error"})
+_WAITING: Final = "of run "
+"""Begins the type under which an event is kept whose run is not known yet; the run's key follows."""
 _NO_PROGRESS: Final = frozenset({"system_metrics", "run.environment"})
 """Events that come from threads beside the training, so that it may have stalled nevertheless."""
 _EPOCH: Final = "epoch"
@@ -192,7 +196,7 @@ class Catalogue:
 
     def _add_step(self, envelope: Envelope, event: StepEnd | Metrics, changes: Changes) -> int:
         step, state = event.step_idx, event.state
-        run = self._run_of(envelope, state)
+        run = self._run_of(envelope, state, changes)
         if not is_step(step):
             self.unreadable_events += 1
             return 0
@@ -249,7 +253,7 @@ class Catalogue:
 
     # -- identity
 
-    def _run_of(self, envelope: Envelope, handle: object) -> RunRecord:
+    def _run_of(self, envelope: Envelope, handle: object, changes: Changes) -> RunRecord:
         """Return the run of an event; a new one if there is none.
 
         The first state of a stream has the whole context, if nothing before it had.
@@ -265,7 +269,24 @@ class Catalogue:
                 run.rank = envelope.rank
             self._routes[key] = run.id
             self._add_context(run, run_context(handle), replace=False)
+            self._add_waiting(run, changes)
         return run
+
+    def _add_waiting(self, run: RunRecord, changes: Changes) -> None:
+        """Add the events of adapters that named the run before its own events came."""
+        for time, event in self.details.take_events(0, f"{_WAITING}{run.key}"):
+            tag, parts = str(event["type"]), event["fields"]
+            if tag == "learnt":
+                self._annotate(parts, time, changes)
+            else:
+                self.details.keep_event(run.id, tag, parts, time)
+
+    def _keep_waiting(self, key: str, tag: str, parts: Mapping[str, Any], time: float) -> None:
+        self.details.keep_event(0, f"{_WAITING}{key}", {"type": tag, "fields": parts}, time)
+
+    def _is_of_unknown_run(self, envelope: Envelope) -> bool:
+        known = self._routes.get((envelope.stream, envelope.run, None))
+        return known is None and self.records.find_by_key(str(envelope.run), envelope.time) is None
 
     def _forget_routes(self, envelope: Envelope) -> None:
         """Have the run identified again: it starts, maybe with another UUID in the same directory."""
@@ -294,6 +315,8 @@ class Catalogue:
             self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
             self.details.keep_event(0, tag, _without_handles(parts), envelope.time)
+        elif handle is None and tag not in self._handlers and self._is_of_unknown_run(envelope):
+            self._keep_waiting(str(envelope.run), tag, _without_handles(parts), envelope.time)
         elif is_of_run or tag in self._handlers:
             return self._add_to_run(tag, parts, handle, envelope, changes)
         else:
@@ -307,7 +330,7 @@ class Catalogue:
     ) -> int:
         if tag == "run_start":
             self._forget_routes(envelope)
-        run = self._run_of(envelope, handle)
+        run = self._run_of(envelope, handle, changes)
         changes.runs.add(run.id)
         changes.experiments.add(run.experiment)
         if tag not in _NO_PROGRESS:
@@ -346,7 +369,7 @@ class Catalogue:
             run.config = config
         if config:
             arm, seed = config.get("arm"), config.get("seed")
-            run.arm = arm if isinstance(arm, str) and arm else run.arm
+            run.arm = arm[:MAX_NAME_CHARS] if isinstance(arm, str) and arm else run.arm
             run.seed = seed if is_step(seed) else run.seed
         run.group = group if isinstance(group, str) and group else run.group
         if extras:
@@ -457,7 +480,8 @@ class Catalogue:
 
     def _add_alert(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         title, text, level = (str(parts.get(name) or "") for name in ("title", "text", "level"))
-        self.details.add_alert(run.id, title, text, level or "warning", envelope.time)
+        level = level if level in _ALERT_LEVELS else "warning"
+        self.details.add_alert(run.id, title, text, level, envelope.time)
 
     def _end_training(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         end_training(run, parts["state"], envelope)
@@ -471,11 +495,14 @@ class Catalogue:
         run.finals = {name: finite(value) for name, value in values.items()} | run.finals
         name = field(arm, "name")
         if run.arm is None and isinstance(name, str) and name != run.key:
-            run.arm = name
+            run.arm = name[:MAX_NAME_CHARS]
 
     def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
-        run = self.records.find_by_key(str(parts.get("run")), time)
-        if run is not None:
+        key = str(parts.get("run"))
+        run = self.records.find_by_key(key, time)
+        if run is None:
+            self._keep_waiting(key, "learnt", parts, time)
+        else:
             run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
             changes.runs.add(run.id)

@@ -231,6 +231,17 @@ class Details:
         )
         return [{"time": time, "fields": _fields(body)} for time, body in rows]
 
+    def take_events(self, owner: int, kind: str) -> list[tuple[float, dict[str, Any]]]:
+        """Remove the kept events of a type; return the time and the fields of each, oldest first."""
+        key = (owner, kind)
+        rows = self._database.query("SELECT time, body FROM kept_event WHERE owner = ? AND type = ? ORDER BY n", *key)
+        if rows:
+            for table in ("kept_event", "event_count"):
+                self._database.execute(f"DELETE FROM {table} WHERE owner = ? AND type = ?", *key)  # noqa: S608 # our own names
+            self._counts.pop(key, None)
+            self._changed_counts.discard(key)
+        return [(time, _fields(body)) for time, body in rows]
+
     def remove_run(self, run: int) -> None:
         """Remove all that a run has."""
         for table in ("checkpoint", "content", "alert", "last_text"):

@@ -7,7 +7,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
 from evsys_adapters.dashboard.records import ExperimentRecord
-from evsys_adapters.dashboard.values import UNREADABLE, finite
+from evsys_adapters.dashboard.values import MAX_NAME_CHARS, UNREADABLE, finite
 from evsys_bus.config.experiment import ExperimentConfig, count_arms, expand_arms, expand_seeds
 
 STATUSES: Final = frozenset({"pending", "completed", "failed", "cancelled"})
@@ -25,7 +25,7 @@ def start_experiment(experiment: ExperimentRecord, config: dict[str, Any], time:
     experiment.started = time if experiment.started is None else min(experiment.started, time)
     experiment.config = config
     name = config.get("name")
-    experiment.name = name if isinstance(name, str) and name else experiment.name
+    experiment.name = name[:MAX_NAME_CHARS] if isinstance(name, str) and name else experiment.name
     for key in ("hypothesis", "notes"):
         text = metadata.get(key) or config.get(key)
         setattr(experiment, key, str(text) if text else getattr(experiment, key))

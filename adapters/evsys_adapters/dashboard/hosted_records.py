@@ -16,7 +16,7 @@ from evsys_adapters.dashboard.details import Details
 from evsys_adapters.dashboard.evals import EvalKind, EvalRow, Evals
 from evsys_adapters.dashboard.records import ExperimentRecord, Records, RunRecord, digest_id
 from evsys_adapters.dashboard.series import Changes
-from evsys_adapters.dashboard.values import json_text
+from evsys_adapters.dashboard.values import MAX_NAME_CHARS, json_text
 
 POINT_OPS: Final = frozenset({"log_metric", "log_metrics", "create_eval"})
 """Operations that add points."""
@@ -101,7 +101,7 @@ class HostedRecords:
 
     def _create_experiment(self, args: dict[str, Any], time: float, changes: Changes) -> dict[str, Any]:
         record = self.ensure_experiment(str(args["id"]), time)
-        record.name = str(args.get("experiment_name") or record.name)
+        record.name = str(args.get("experiment_name") or record.name)[:MAX_NAME_CHARS]
         record.config = fields(args.get("config"))
         success = fields(record.config.get("success_metric"))
         record.success_metric = str(success["name"]) if success.get("name") else None
@@ -148,14 +148,14 @@ class HostedRecords:
         experiment = self.ensure_experiment(args.get("experiment_id"), time)
         config = fields(args.get("run_config"))
         group = self.row("group", str(args.get("group_id"))) or {}
-        key = str(config.get("name") or f"run-{self._records.next_id('run')}")
+        key = str(config.get("name") or f"run-{self._records.next_id('run')}")[:MAX_NAME_CHARS]
         run = self._new_run(str(args["id"]), experiment, key, time)
         run.config = config
         seed = args.get("seed", config.get("seed"))
         run.seed = seed if type(seed) is int else None
         run.group = group.get("name")
         arm = config.get("arm") or run.group or _SEED_SUFFIX.sub("", key)
-        run.arm = str(arm)
+        run.arm = str(arm)[:MAX_NAME_CHARS]
         run.status = _status(args.get("status") or "pending")
         run.extra = {name: value for name, value in args.items() if name not in _RUN_FIELDS}
         if args.get("group_id"):
@@ -454,7 +454,8 @@ class HostedRecords:
 
 def metrics_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of a call: of ``log_metrics``, or the single one of ``log_metric``."""
-    return {str(args["name"]): args.get("value")} if "name" in args else fields(args.get("metrics"))
+    metrics = {str(args["name"]): args.get("value")} if "name" in args else fields(args.get("metrics"))
+    return {name[:MAX_NAME_CHARS]: value for name, value in metrics.items()}
 
 
 def _status(value: object) -> str | None:

@@ -351,7 +351,11 @@ class _View:
                 mean = self._spread(arm, headline.name).mean
                 if mean is not None:
                     curve, spark = self._spark(arm)
-                    return {**headline._asdict(), "value": mean, "arm": arm.name, "spark_name": curve, "spark": spark}
+                    shown = {**headline._asdict(), "value": mean, "arm": arm.name, "spark_name": curve}
+                    return {
+                        **{k: v[:_MAX_LISTED_CHARS] if isinstance(v, str) else v for k, v in shown.items()},
+                        "spark": spark,
+                    }
         return None
 
     def _spark(self, arm: _Arm) -> tuple[str | None, list[float | None]]:

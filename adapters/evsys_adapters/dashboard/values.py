@@ -10,6 +10,8 @@ from evsys_adapters.common.logged_values import text_of
 from evsys_bus.location import encode_json
 
 _MAX_STEPS: Final = 1 << 62
+MAX_NAME_CHARS: Final = 4_096
+"""A longer name of a metric, an arm or a run is cut: it is in the rows of every page."""
 
 UNREADABLE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """Errors that values of unexpected types lead to."""
@@ -72,6 +74,7 @@ def numbers_below(prefix: str, metrics: object) -> dict[str, float]:
 
 def add_value(name: str, value: object, numbers: dict[str, float], texts: dict[str, str]) -> None:
     """Add a value to the numbers or to the texts; those inside a mapping by names like ``outer/inner``."""
+    name = name[:MAX_NAME_CHARS]
     if isinstance(value, int | float):
         try:
             numbers[name] = float(value)

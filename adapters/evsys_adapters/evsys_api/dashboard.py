@@ -294,7 +294,8 @@ class DashboardDelivery:
             async with session.request(method, url, data=body, headers=sent, allow_redirects=False) as reply:
                 return Reply(reply.status, reply.headers, _json_object(await reply.read()))
         except TimeoutError as error:
-            raise RetryLaterError(f"{self.url} did not answer within {self._timeout_seconds:g} s") from error
+            what = f"{self.url} did not answer within {self._timeout_seconds:g} s"
+            raise RetryLaterError(f"{what}; `evsys-bus dash --status` shows its process") from error
         except self._client_errors as error:
             raise NotConnectedError(f"{self.url}: {type(error).__name__}: {error}") from error
 
@@ -324,7 +325,7 @@ class DashboardDelivery:
             raise BatchTooLargeError(what)
         if reply.status in RETRIED_STATUSES or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             after = retry_after_seconds(reply.headers.get("Retry-After"))
-            raise RetryLaterError(what, after_seconds=after)
+            raise RetryLaterError(what + _fix(reply), after_seconds=after)
         raise ParkedError(what, fix="use the same version of evsys-bus here and for the dashboard")
 
     async def is_dashboard(self) -> bool:
@@ -397,3 +398,10 @@ def _message(reply: Reply) -> str:
     if isinstance(error, dict):
         error = cast("dict[str, Any]", error).get("message")
     return str(error or "no reason given")[:300]
+
+
+def _fix(reply: Reply) -> str:
+    """Return what the dashboard says a person can do, to be appended; empty if it says nothing."""
+    error: Any = reply.body.get("error")
+    fix: Any = cast("dict[str, Any]", error).get("fix") if isinstance(error, dict) else None
+    return f"; {str(fix)[:300]}" if fix else ""
