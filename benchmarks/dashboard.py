@@ -360,7 +360,7 @@ def _measure_idle(url: str, experiment: str, token: str, plan: _Plan, open_brows
         unit="kB/min",
         rows=[_row(name, value) for name, value in found.items()],
         target_results=[
-            TargetResult(f"{name} at rest: less than 2 kB/min", value, value < 2, "kB/min")  # noqa: PLR2004
+            TargetResult(f"{name} at rest for {plan.idle_seconds:g} s: less than 2 kB/min", value, value < 2, "kB/min")  # noqa: PLR2004
             for name, value in found.items()
         ],
     )
@@ -472,7 +472,7 @@ def _table(
 
 
 _BUSY: Final = (
-    ", so\n  other programs took most of the processor, and these times are several times those of a machine at rest."
+    ", so\n  other programs took most of the processor, and these times are longer than on a machine at rest."
 )
 
 
