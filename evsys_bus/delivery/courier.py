@@ -40,8 +40,8 @@ COMMIT_SECONDS: Final = 0.2
 MAX_FAILED_MARKS: Final = 10
 """How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
-IDLE_OPEN_SECONDS: Final = 0.3
-"""How long an adapter that has nothing to deliver may take to open once its courier is to end."""
+IDLE_SECONDS: Final = 0.3
+"""How long an adapter that has nothing to deliver may take to open, or for its idle work, once its courier is to end."""
 NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
 
@@ -117,6 +117,7 @@ class Courier:
         self._is_opening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
+        self._idle_scope: asyncio.Timeout | None = None
         self._commit_due = 0.0
         self._commit_failed = False
         self._failed_marks = 0
@@ -168,6 +169,7 @@ class Courier:
         self._deadline = time.monotonic() + NO_DEADLINE_SECONDS if deadline is None else deadline
         self._finishing = True
         self._call_on_loop(self._give_up_idle_open)
+        self._call_on_loop(self._limit_idle_work)
 
     def stop(self) -> None:
         """End now, from any thread: the current batch is cancelled and will be delivered again later."""
@@ -352,7 +354,10 @@ class Courier:
     async def _pause(self, *, is_finishing: bool) -> None:
         """Wait a moment for new events; meanwhile the sink may do what is due."""
         if self._sink is not None and self._sink.idle_seconds is not None and not is_finishing:
-            await cast("SinkReceiver", self._receiver).do_idle_work(self._clock.monotonic())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self._idle_scope:
+                    await cast("SinkReceiver", self._receiver).do_idle_work(self._clock.monotonic())
+            self._idle_scope = None
         await asyncio.sleep(0.0 if is_finishing else self._poll_seconds)
 
     async def _resume_runs(self, batch: Batch) -> None:
@@ -508,11 +513,15 @@ class Courier:
         if loop is None or not (self._finishing and self._is_opening):
             return
         began = loop.time() if began is None else began
-        is_late = self._problem is not None or loop.time() - began >= IDLE_OPEN_SECONDS
+        is_late = self._problem is not None or loop.time() - began >= IDLE_SECONDS
         if is_late and not self._unconfirmed.owed and not self.counts.pending:
             self._cancel_run()
         else:
-            loop.call_later(IDLE_OPEN_SECONDS, partial(self._give_up_idle_open, began=began))
+            loop.call_later(IDLE_SECONDS, partial(self._give_up_idle_open, began=began))
+
+    def _limit_idle_work(self) -> None:
+        if self._idle_scope is not None:
+            self._idle_scope.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
 
     def _cancel_run(self) -> None:
         try:

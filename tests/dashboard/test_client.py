@@ -189,6 +189,7 @@ def test_a_later_process_lets_the_dashboard_import_what_was_acknowledged_while_t
     assert has_all(server, journal)
 
 
+@pytest.mark.long
 def test_a_replay_without_a_dashboard_does_not_count_as_delivered(tmp_path, server):
     journal = record(tmp_path / "journal", 5)
     command = [EVSYS_BUS, "replay", str(journal), "--to", "evsys_logger"]

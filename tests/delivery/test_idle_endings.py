@@ -104,7 +104,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", [pytest.param("process", marks=pytest.mark.long), "thread"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_that_has_nothing_to_deliver_keeps_no_program_from_ending(
     tmp_path, monkeypatch, black_hole, closed_port, case, couriers
@@ -128,6 +128,23 @@ def test_a_sink_that_cannot_be_opened_and_has_nothing_to_deliver_keeps_no_progra
     assert seconds_to_leave(bus, states) < 5
     problem = bus.receipt.deliveries[0].problem
     assert (problem is not None) == (states != DELIVERING)
+
+
+def test_idle_work_that_hangs_keeps_no_program_from_ending(tmp_path, monkeypatch):
+    class HangsWhileIdle(_Sink):
+        idle_seconds = 0.0
+        began = False
+
+        async def on_idle(self):
+            HangsWhileIdle.began = True
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("evsys_bus.delivery.sink_receiver.IDLE_WORK_SECONDS", 60.0)
+    bus = EventBus(sinks=[HangsWhileIdle()], journal=tmp_path / "journal")
+    with bus:
+        wait_until(lambda: HangsWhileIdle.began)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
 
 
 def test_what_is_pending_for_a_parked_adapter_is_counted_and_not_waited_for(tmp_path):
