@@ -41,7 +41,7 @@ MAX_FAILED_MARKS: Final = 10
 """How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 0.3
-"""How long an adapter that has nothing to deliver may take to open, or for its idle work, once its courier is to end."""
+"""How long an adapter with nothing to deliver may take to open, or for its idle work, once its courier is to end."""
 NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
 
