@@ -626,7 +626,12 @@ async def test_the_loop_steps_on_while_200_megabytes_go_out_and_the_trainer_remo
             took.append(time.perf_counter() - began)
             await asyncio.sleep(0.001)
     [delivery] = bus.receipt.deliveries
-    assert (delivery.recorded, delivery.delivered, delivery.dead, delivery.pending) == (303, 303, 0, 0)  # with the end of the run, implied
+    assert (delivery.recorded, delivery.delivered, delivery.dead, delivery.pending) == (
+        303,
+        303,
+        0,
+        0,
+    )  # with the end of the run, implied
     assert sorted(took)[-3] < 0.5  # a disk that syncs 200 MB for another test may hold up one
     inline = placement == "inline"
     assert bus.health().couriers == {"checkpoint_upload": "loop" if inline else "process"}

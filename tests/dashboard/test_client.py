@@ -213,6 +213,19 @@ def test_a_new_database_imports_the_journal_and_delivery_goes_on(tmp_path, found
     assert len(found.imports) == 1
 
 
+def test_a_new_database_has_the_streams_too_that_get_no_more_events(tmp_path, found):
+    journal = tmp_path / "journal"
+    with EventBus([EvsysLoggerCallback()], journal=journal, drain_timeout=15) as bus:
+        train(bus, tmp_path / "first", 20)
+        wait_until(lambda: has_all(found, journal))
+        found.reset()
+        with EventBus([], journal=journal) as other:  # its stream begins behind the change
+            train(other, tmp_path / "second", 20)
+        wait_until(lambda: has_all(found, journal))
+    assert bus.receipt.deliveries[0].complete, bus.receipt
+    assert len(found.imports) == 1
+
+
 def test_where_the_dashboard_cannot_read_the_journal_it_is_parked_with_the_command_that_imports_it(tmp_path, found):
     journal = record(tmp_path / "journal")
     assert deliver(journal).complete

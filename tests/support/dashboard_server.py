@@ -8,6 +8,7 @@ import gzip
 import os
 import socket
 import time
+import uuid
 
 import msgspec
 from starlette.requests import Request
@@ -39,6 +40,7 @@ class DashboardServer(EvsysServer):
         super().reset()
         self.streams = {}
         """By stream: the payloads by sequence."""
+        self.store = str(uuid.uuid4())
         self.bodies = []
         """(stream, after, first, last) of each stored body."""
         self.imports = {}
@@ -75,7 +77,7 @@ class DashboardServer(EvsysServer):
 
     async def health(self, request: Request):
         del request
-        return JSONResponse({"service": SERVICE, "protocol": 1, "version": "0", "store": "s"})
+        return JSONResponse({"service": SERVICE, "protocol": 1, "version": "0", "store": self.store})
 
     async def _refusal(self, request):
         path = request.url.path
@@ -118,7 +120,9 @@ class DashboardServer(EvsysServer):
         self.bodies.append((stream, after, first, last))
         if self.should_drop_reply and self.should_drop_reply(request.url.path):
             return _TruncatedResponse()
-        return JSONResponse({"sequence": self.watermark(stream), "events": len(payloads), "points": 0})
+        return JSONResponse(
+            {"sequence": self.watermark(stream), "events": len(payloads), "points": 0, "store": self.store}
+        )
 
     async def start_import(self, request: Request):
         if (refusal := await self._refusal(request)) is not None:

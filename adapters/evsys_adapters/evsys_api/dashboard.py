@@ -102,6 +102,8 @@ class DashboardDelivery:
         """Whether events were acknowledged that the dashboard lacks."""
         self.was_found = False
         """Whether a dashboard has accepted events of this journal."""
+        self.database: str | None = None
+        """The id of the database that accepted the last events; None if there were none."""
 
     def find(self) -> bool:
         """Look for the dashboard, without asking it; returns whether there is one."""
@@ -215,10 +217,21 @@ class DashboardDelivery:
         sequence = reply.body.get("sequence")
         if type(sequence) is not int or sequence < last:
             raise RetryLaterError(f"{self.url} answers {reply.status} without confirming event {last} of {stream}")
+        await self._note_database(reply.body.get("store"))
         self._delivered[stream] = last
         self.was_found = True
         self._has_imported = False
         return None
+
+    async def _note_database(self, database: object) -> None:
+        """Note which database has the events; a new one is to get the streams too that have no more of them."""
+        previous = self.database
+        if not isinstance(database, str) or database == previous:
+            return
+        self.database = database
+        if previous is not None and not self._has_imported and is_local(self.url or ""):
+            self.is_import_due = True
+            await self.catch_up()
 
     async def _resolve_missing(self, stream: str, reply: Reply) -> None:
         """Let the dashboard read the events that it lacks; returns once nothing more of them can be read."""

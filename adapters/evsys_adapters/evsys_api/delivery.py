@@ -150,6 +150,7 @@ class EvsysSink(Sink):
             )
             self._dashboard.is_import_due = bool(self._stored_dashboard.get("import_due"))
             self._dashboard.was_found = bool(self._stored_dashboard.get("found"))
+            self._dashboard.database = self._stored_dashboard.get("database")
             self._dashboard.find()
         return self._dashboard
 
@@ -203,7 +204,11 @@ class EvsysSink(Sink):
         """Return what was delivered, and the server's IDs of our objects, as plain data."""
         dashboard = self._dashboard
         if dashboard is not None:
-            self._stored_dashboard = {"found": dashboard.was_found, "import_due": dashboard.is_import_due}
+            self._stored_dashboard = {
+                "found": dashboard.was_found,
+                "import_due": dashboard.is_import_due,
+                "database": dashboard.database,
+            }
         return {
             # A later process without a key must not take a dashboard instead of the hosted service.
             "url": self._server_url() or (DEFAULT_URL if self._target == "hosted" else None),

@@ -175,7 +175,7 @@ class DashboardApp:
         async with self._bodies.read_envelopes(request) as payloads:
             self._last_ingest = time.monotonic()
             totals = await self._ingester.ingest(stream, int(after), payloads)
-        answer = totals._asdict()
+        answer = {**totals._asdict(), "store": await self._store.call(lambda store: store.id)}
         if not totals.unreadable:
             del answer["unreadable"]
         return json_response(answer)

@@ -200,7 +200,8 @@ DESCRIPTION: Final[Json] = {
                         "Stored, and on the disk.",
                         _json(
                             _object(
-                                "sequence events points",
+                                "sequence events points store",
+                                store={"type": "string", "description": "The id of the database."},
                                 sequence=_INTEGER,
                                 events=_INTEGER,
                                 points=_INTEGER,
