@@ -441,7 +441,8 @@ def test_a_locked_database_is_a_503_and_works_again_without_a_restart(tmp_path):
         other.execute("ROLLBACK")
         other.close()
         wait_until(lambda: dashboard.ingest(trainer.stream, 5, payloads).status == 200)
-        assert trainer.send(dashboard, trainer.steps(1)) == {"sequence": 8, "events": 1, "points": 1}
+        answer = trainer.send(dashboard, trainer.steps(1))
+        assert (answer["sequence"], answer["events"], answer["points"]) == (8, 1, 1)
 
 
 def test_a_damaged_database_is_a_503_with_the_fix_and_the_process_lives(tmp_path):

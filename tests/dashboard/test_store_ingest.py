@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -227,7 +228,8 @@ def test_a_database_of_another_program_stays_as_it_is(tmp_path):
     with pytest.raises(StoreError, match="not a database of the dashboard") as caught:
         open_store(tmp_path)
     assert (caught.value.problem, caught.value.why) == ("foreign", "it has the tables cats")
-    assert sqlite3.connect(path).execute("SELECT name FROM sqlite_master").fetchall() == [("cats",)]
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("cats",)]
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
