@@ -294,6 +294,7 @@ class Scenario:
         for name in ("away", "slow"):
             (self.work / name).unlink(missing_ok=True)
         if self.needs_life:
+            self.counts["lives before a drain"] += 1
             self.run_life([], "end")
         environment = self.environment()
         if self.rng.random() < 0.5:

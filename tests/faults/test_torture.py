@@ -16,7 +16,7 @@ def test_three_lives_under_faults_by_chance_lose_nothing(tmp_path):
         120, seed=random.randrange(1_000_000), folder=tmp_path, max_directories=1, lives=3
     )
     assert failures == []
-    assert counts["lives"] == 3
+    assert counts["lives"] - counts["lives before a drain"] == 3
 
 
 @pytest.fixture(scope="module")
