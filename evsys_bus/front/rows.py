@@ -73,12 +73,18 @@ class UnpublishedRows:
         with self._lock:
             rows = self._rows
             open_row = rows[-1] if rows else None
-            if open_row is not None and not commit and open_row.step < step and len(rows) == 1:
-                if not open_row.completed_by:  # the usual call: the first part of the next row
-                    open_row.completed_by = get_ident()
-                    writer = self.writer
-                    rows.append(LoggedRow(step, part, 0 if writer is None else writer.next_sequence))
-                    return (open_row,)
+            if (
+                not commit
+                and open_row is not None
+                and open_row.step < step
+                and len(rows) == 1
+                and not open_row.completed_by
+            ):
+                # The usual call: the first part of the next row.
+                open_row.completed_by = get_ident()
+                writer = self.writer
+                rows.append(LoggedRow(step, part, 0 if writer is None else writer.next_sequence))
+                return (open_row,)
             if not after_left and (
                 not (commit or self.is_merged) if open_row is None else open_row.completed_by or open_row is not rows[0]
             ):
