@@ -36,13 +36,30 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+ONE_PYTHON = """
+    adapters/test_adapters_simulated adapters/test_evsys_logger adapters/test_latest_order adapters/test_mlflow_logger
+    adapters/test_object_stores adapters/test_output_kept adapters/test_rewind adapters/test_spool_damage
+    adapters/test_tensorboard_logger adapters/test_wandb_logger bench/ bridges/test_loggers_without_frameworks
+    bridges/test_wandb_programs cli/test_checkpoints_cli cli/test_cli_check cli/test_cli_choices cli/test_cli_delivery
+    cli/test_cli_golden cli/test_cli_init dashboard/test_build dashboard/test_client dashboard/test_dash_command
+    dashboard/test_page dashboard/test_store_scales delivery/test_delivery_faults delivery/test_raw_sinks
+    faults/test_disk_full faults/test_random_faults faults/test_simulation files/ journal/test_journal_faults
+    journal/test_journal_damage project/
+""".split()
+"""The tests of the marker ``one_python``, by the beginnings of their paths in this folder."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make `long` what is on uvloop only; define the classes of docstring examples in ``__main__``.
 
     There, an event of an example belongs to no package.
     """
+    here = Path(__file__).parent
+    one_python = tuple(str(here / each) for each in ONE_PYTHON)
     for item in items:
+        if str(item.path).startswith(one_python):
+            item.add_marker(pytest.mark.one_python)
         if "[uvloop" in item.name and item.get_closest_marker("long_on_uvloop"):
             item.add_marker(pytest.mark.long)
         if isinstance(item, pytest.DoctestItem) and item.dtest is not None:

@@ -10,17 +10,13 @@ delivers the rest. Then the database must have every event of the journal, one e
 point once, value by value. The seed repeats the choices, not the moments.
 """
 
-import argparse
 import collections
-import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +25,7 @@ from evsys_adapters.dashboard.store import Store
 from evsys_bus import Eval, EventBus, LogContext, LoopState, RunEnd, RunResult, RunStart, StepEnd, TrainStart
 from evsys_bus.codec import decode
 from evsys_bus.journal import JournalReader
+from support.kill_scenarios import KillScenario, kill, require_equal, run_command
 from support.programs import EVSYS_BUS
 from support.violations import Violation
 
@@ -71,14 +68,12 @@ def train(directory: Path, arm: str) -> int:
     return 0
 
 
-class Scenario:
+class Scenario(KillScenario):
     """One directory, its dashboard and its trainers."""
 
     def __init__(self, directory: Path, rng: random.Random) -> None:
-        self.directory, self.rng = directory, rng
-        self.folder, self.database = directory / "killed", directory / "dashboard.sqlite"
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.environment = os.environ | {"XDG_STATE_HOME": str(directory / "state"), "EVSYS_OFFLINE": ""}
+        super().__init__(directory, rng, {"XDG_STATE_HOME": str(directory / "state"), "EVSYS_OFFLINE": ""})
+        self.database = directory / "dashboard.sqlite"
         for name in ("EVSYS_API_URL", "EVSYS_API_KEY"):
             self.environment.pop(name, None)
         self.trainers: dict[str, subprocess.Popen[bytes]] = {}
@@ -97,15 +92,11 @@ class Scenario:
         for arm in ARMS:
             process = self.trainers.get(arm)
             if process is None or process.poll() not in {None, 0}:
-                command = [sys.executable, __file__, "--train", str(self.directory), arm]
-                self.trainers[arm] = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
-        return any(each.poll() is None for each in self.trainers.values())
+                self.trainers[arm] = self.start_trainer(arm, stderr=subprocess.DEVNULL)
+        return self._is_training()
 
     def kill_one(self, victim: str) -> None:
-        size = self._recorded_bytes()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while self._recorded_bytes() < size + 2_000 and time.monotonic() < deadline and self._is_training():
-            time.sleep(0.01)
+        self.wait_until_recorded(self._is_training, TIMEOUT_SECONDS)
         time.sleep(self.rng.uniform(0.0, 1.5))
         if victim == "database" and not self._is_training():
             victim = "dashboard"  # after the last event nobody notices that it is gone: `dash --import` is for that
@@ -117,7 +108,7 @@ class Scenario:
         if "trainer" in victim or victim == "all":
             kill(self.rng.choice([*self.trainers.values()]))
         if "courier" in victim or victim == "all":
-            self._kill_couriers()
+            self.kill_couriers()
         if "dashboard" in victim or victim in {"all", "database"}:
             kill(self.dashboard)
             time.sleep(self.rng.choice((0.0, 0.0, 1.0)))
@@ -130,17 +121,6 @@ class Scenario:
     def _is_training(self) -> bool:
         return any(each.poll() is None for each in self.trainers.values())
 
-    def _recorded_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.glob("journal/r*/*.seg"))
-
-    def _kill_couriers(self) -> None:
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command = (path / "cmdline").read_bytes()
-                if b"courier_main" in command and str(self.directory).encode() in command:
-                    os.kill(int(path.name), signal.SIGKILL)
-                    self.counts["couriers killed"] += 1
-
     def finish(self) -> None:
         """Let the trainers end, deliver the rest, and stop the dashboard."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -148,14 +128,7 @@ class Scenario:
             if time.monotonic() > deadline:
                 raise Violation("the trainers do not end")
             time.sleep(0.1)
-        command = [EVSYS_BUS, "sync", str(self.folder / "journal")]
-        while True:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                break
-            if time.monotonic() > deadline:
-                raise Violation(f"sync ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-            time.sleep(0.3)
+        self.sync(TIMEOUT_SECONDS)  # again while the dashboard is on its way
         self.stop()
 
     def stop(self) -> None:
@@ -190,7 +163,7 @@ class Scenario:
 
     def _recorded_points(self, store: Store) -> tuple[dict[tuple[str, str], dict[int, float]], int]:
         """Return the points of the journal, where a resumed run replaces its rows from that step on."""
-        reader, recorded, events = JournalReader(self.folder / "journal"), list[object](), 0
+        reader, recorded, events = JournalReader(self.journal), list[object](), 0
         for stream in reader.streams():
             last = 0
             for record in reader.read(stream):
@@ -209,23 +182,6 @@ class Scenario:
                 for name, value in event.metrics.items():
                     points[run, f"{prefix}/{name}"][event.step_idx] = float(value)
         return {key: values for key, values in points.items() if values}, events
-
-
-def kill(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-    process.communicate()
-
-
-def require_equal(what: str, expected: object, actual: object) -> None:
-    if expected == actual:
-        return
-    if isinstance(expected, dict) and isinstance(actual, dict):
-        differing = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
-        examples = [(key, expected.get(key), actual.get(key)) for key in differing[:5]]
-        raise Violation(f"{what}: {len(differing)} of {len(expected)} differ: {examples}")
-    raise Violation(f"{what}: {actual} instead of {expected}")
 
 
 def kill_repeatedly(number: int, *, seed: int, folder: Path, on_progress=lambda _: None) -> collections.Counter[str]:
@@ -251,27 +207,7 @@ def kill_repeatedly(number: int, *, seed: int, folder: Path, on_progress=lambda 
     return counts
 
 
-def main() -> int:
-    """Run the long form of the test."""
-    parser = argparse.ArgumentParser(description="Kill a trainer, its courier and the dashboard; see the file.")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
-    args = parser.parse_args()
-    print(f"seed {args.seed}", flush=True)
-    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="dashboard-kills-"))
-    try:
-        counts = kill_repeatedly(
-            args.kills, seed=args.seed, folder=folder, on_progress=lambda text: print(text, flush=True)
-        )
-    except Violation as fault:
-        print(f"kept in {folder}: {fault}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
-    print(f"{dict(counts)}: nothing twice, nothing lost, {time.monotonic() - started:.0f} s")
-    return 0
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         sys.exit(train(Path(sys.argv[2]), sys.argv[3]))
-    sys.exit(main())
+    sys.exit(run_command(kill_repeatedly, 50))

@@ -11,17 +11,12 @@ experiment, one group per arm, one run per run, each eval once with each predict
 every metric of the journal, value by value. The seed repeats the choices, not the moments.
 """
 
-import argparse
 import asyncio
 import collections
-import contextlib
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -32,7 +27,7 @@ from evsys_bus.config.build import build_callbacks
 from evsys_bus.events import Eval
 from evsys_bus.journal import JournalReader
 from evsys_bus.training.plan import RunComponents
-from support.programs import EVSYS_BUS
+from support.kill_scenarios import KillScenario, kill, require_equal, run_command
 from support.training_parts import IndexBatches, NumberBackend
 from support.violations import Violation
 
@@ -137,21 +132,17 @@ class ServerFaults:
         self.server.fault = self.server.lose = None
 
 
-class Scenario:
+class Scenario(KillScenario):
     """One directory and one server, through all lives of the trainer."""
 
     def __init__(self, directory: Path, server: object, rng: random.Random) -> None:
-        self.directory, self.server, self.rng = directory, server, rng
-        self.journal = directory / "killed" / "journal"
-        self.trainers = self.couriers = 0
         [key] = server.keys
-        self.environment = os.environ | {"EVSYS_API_URL": server.url, "EVSYS_API_KEY": key, "EVSYS_OFFLINE": ""}
+        super().__init__(directory, rng, {"EVSYS_API_URL": server.url, "EVSYS_API_KEY": key, "EVSYS_OFFLINE": ""})
+        self.server = server
 
     def run_life(self, victim: str | None) -> bool:
         """Run one life; returns whether it ended by itself."""
-        trainer = subprocess.Popen(
-            [sys.executable, __file__, "--train", str(self.directory)], env=self.environment, stderr=subprocess.PIPE
-        )
+        trainer = self.start_trainer(stderr=subprocess.PIPE)
         try:
             if victim is None or self._ends_before_kill(trainer):
                 stderr = trainer.communicate(timeout=TIMEOUT_SECONDS)[1].decode()
@@ -159,51 +150,24 @@ class Scenario:
                     raise Violation(f"the training ended with {trainer.returncode}: {stderr}")
                 return True
             if victim in {"courier", "both"}:
-                self._kill_couriers()
+                self.kill_couriers()
                 if victim == "courier":
                     time.sleep(self.rng.uniform(0.0, 0.5))
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                trainer.send_signal(signal.SIGKILL)
-            trainer.communicate()
-        self.trainers += 1
+            kill(trainer)
+        self.counts["trainers"] += 1
         if victim == "trainer, then courier":
             time.sleep(self.rng.uniform(0.0, 0.3))
-            self._kill_couriers()
+            self.kill_couriers()
         time.sleep(self.rng.choice((0.0, 0.0, 0.4)))
         return False
 
     def _ends_before_kill(self, trainer: "subprocess.Popen[bytes]") -> bool:
-        before, deadline = self._recorded_bytes(), time.monotonic() + TIMEOUT_SECONDS
-        while self._recorded_bytes() < before + 2_000 and trainer.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self.wait_until_recorded(lambda: trainer.poll() is None, TIMEOUT_SECONDS)
         end = time.monotonic() + self.rng.uniform(0.0, 1.2)
         while time.monotonic() < end and trainer.poll() is None:
             time.sleep(0.005)
         return trainer.poll() is not None
-
-    def _recorded_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.journal.glob("r*/*.seg"))
-
-    def _kill_couriers(self) -> None:
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command = (path / "cmdline").read_bytes()
-                if b"courier_main" in command and str(self.directory).encode() in command:
-                    os.kill(int(path.name), signal.SIGKILL)
-                    self.couriers += 1
-
-    def sync(self) -> None:
-        """Deliver the rest; retries while couriers are still in their grace period."""
-        command = [EVSYS_BUS, "sync", str(self.journal)]
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while True:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return
-            if "EB905" not in done.stderr or time.monotonic() > deadline:
-                raise Violation(f"sync ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-            time.sleep(0.2)
 
     def check(self) -> tuple[int, int]:
         """Return how many points and evals there are; raises `Violation` if they differ from the journal."""
@@ -260,18 +224,6 @@ class Scenario:
         return points, {key: len(names) for key, names in scored.items()}, saved
 
 
-def require_equal(what: str, expected: object, actual: object) -> None:
-    if expected != actual:
-        if isinstance(expected, dict) and isinstance(actual, dict):
-            differing = {key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)}
-            examples = sorted(map(str, differing))[:5]
-            raise Violation(
-                f"{what}: {len(differing)} differ, "
-                f"{[(k, expected.get(k), actual.get(k)) for k in differing][:5]} {examples}"
-            )
-        raise Violation(f"{what}: {actual} instead of {expected}")
-
-
 def kill_repeatedly(number: int, *, seed: int, folder: Path, on_progress=lambda _: None) -> collections.Counter:
     """Kill ``number`` times; returns the totals."""
     from support.evsys_server import EvsysServer
@@ -292,38 +244,17 @@ def kill_repeatedly(number: int, *, seed: int, folder: Path, on_progress=lambda 
                 scenario.run_life(None)
         finally:
             faults.stop()
-        scenario.sync()
+        scenario.sync(TIMEOUT_SECONDS, repeat_on="EB905")  # couriers in their grace period
         points, evals = scenario.check()
         server.stop()
-        counts += faults.counts
+        counts += faults.counts + scenario.counts
         counts.update({"experiments": 1, "points": points, "evals": evals, "requests": server.request_count})
-        counts.update({"trainers": scenario.trainers, "couriers": scenario.couriers})
         on_progress(f"{kill_count:>5} kills  {dict(counts)}")
         shutil.rmtree(directory)
     return counts
 
 
-def main() -> int:
-    """Run the long form of the test."""
-    parser = argparse.ArgumentParser(description="Kill a trainer and its courier over and over; see the file.")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
-    args = parser.parse_args()
-    print(f"seed {args.seed}", flush=True)
-    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="evsys-kills-"))
-    try:
-        counts = kill_repeatedly(
-            args.kills, seed=args.seed, folder=folder, on_progress=lambda text: print(text, flush=True)
-        )
-    except Violation as fault:
-        print(f"kept in {folder}: {fault}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
-    print(f"{dict(counts)}: nothing twice, nothing lost, {time.monotonic() - started:.0f} s")
-    return 0
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         sys.exit(train(Path(sys.argv[2])))
-    sys.exit(main())
+    sys.exit(run_command(kill_repeatedly, 100))

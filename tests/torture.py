@@ -31,6 +31,8 @@ from pathlib import Path
 
 from support import torture_faults as faults
 from support import torture_oracle as oracle
+from support.couriers import kill_couriers
+from support.programs import processes_of
 from support.torture_life import Life, NotEndedError
 from support.torture_tools import Tools
 from support.violations import Violation, require
@@ -152,9 +154,6 @@ class Scenario:
                 placement = {} if kind == "torture_lines" else {"placement": "follow"}
                 specs.append({"kind": kind, "name": name, "params": adapter_params} | placement)
         return specs
-
-    def courier_pids(self):
-        return [pid for pid, line in oracle.find_processes(self.directory).items() if "courier_main" in line]
 
     # -- one life -----------------------------------------------------------------------------------------------------
 
@@ -282,10 +281,7 @@ class Scenario:
         require(code in expected_codes, f"life {self.life_number}, {end}, ended with {code}: {stderr[-3000:]}")
 
     def kill_couriers(self):
-        for pid in self.courier_pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                self.counts["couriers killed"] += 1
+        self.counts["couriers killed"] += kill_couriers(self.directory)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -474,7 +470,7 @@ def torture(
 
 def clean_up(folder):
     """Kill the processes that work in the folder, and unmount what is mounted there."""
-    for pid in oracle.find_processes(folder):
+    for pid in processes_of(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for line in Path("/proc/mounts").read_text().splitlines():

@@ -15,7 +15,6 @@ What the receiver answers decides what happens:
 """
 
 import asyncio
-import importlib
 import math
 import os
 import re
@@ -28,9 +27,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from evsys_adapters.common.hook_arguments import field, run_id, run_key, run_name, step_of
+from evsys_adapters.common.http_client import HttpSession, is_temporary, retry_after_seconds
 from evsys_adapters.common.logged_values import cut_text, text_of, values_of
 from evsys_adapters.common.params import require_package, validate_params
-from evsys_adapters.evsys_api.gateway import retry_after_seconds
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.codec.redact import redact_text
@@ -39,7 +38,6 @@ from evsys_bus.events import Alert, Envelope, Eval, RunEnd, RunStart, StepEnd, S
 from evsys_bus.sink import BatchResult, Sink
 
 _URL: Final = r"^https?://[^/\s?#]+(/\S*)?$"
-_BUSY: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _MAX_ANSWER_BYTES: Final = 4096
 _MAX_SHOWN: Final = 200
 _MAX_ERROR: Final = 4000
@@ -103,8 +101,7 @@ class WebhookSink(Sink):
         """Validate the parameters against `WebhookConfig`."""
         self.config = validate_params(WebhookConfig, {"webhook_url": webhook_url, **params})
         self._notes: dict[str, _RunNotes] = {}
-        self._session: Any = None
-        self._errors: tuple[type[Exception], ...] = ()
+        self._session = HttpSession(self.config.timeout_seconds)
 
     async def open(self) -> None:
         """Check that there is a URL.
@@ -133,9 +130,7 @@ class WebhookSink(Sink):
 
     async def close(self) -> None:
         """Close the connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._session.close()
 
     def mark(self) -> dict[str, Any]:
         """Return what is known of the running runs, as plain data."""
@@ -235,29 +230,24 @@ class WebhookSink(Sink):
         """
         url = self._url()
         host = f"the webhook at {urlsplit(url).hostname}"
-        if self._session is None:
-            # On a thread: the loop may be the program's own, and the import takes a quarter of a second.
-            aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
-            self._errors = (aiohttp.ClientError, OSError, ValueError)
-            timeout = aiohttp.ClientTimeout(total=self.config.timeout_seconds)
-            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=True)
+        session = await self._session.open()
         body = msgspec.json.encode(_FORMATS[self.config.format](message))
         headers = {"Content-Type": "application/json", "X-Event-Id": message["id"]}
         try:
-            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as reply:
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as reply:
                 status, after = reply.status, reply.headers.get("Retry-After")
                 answer = await reply.content.read(_MAX_ANSWER_BYTES) if status >= HTTPStatus.BAD_REQUEST else b""
         except TimeoutError:
             what = f"{host} did not answer within {self.config.timeout_seconds:g} s"
             raise RetryLaterError(what) from None
-        except self._errors as error:
+        except self._session.errors as error:
             # Without the cause: its text may contain the URL.
             raise RetryLaterError(f"{host} cannot be reached: {type(error).__name__}") from None
         if status < HTTPStatus.MULTIPLE_CHOICES:
             return
         shown = " ".join(answer.decode("utf-8", "replace").split())[:_MAX_SHOWN].replace(url, "<redacted>")
         what = f"{host} answers {status}{f': {redact_text(shown)}' if shown else ''}"
-        if status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if is_temporary(status):
             raise RetryLaterError(what, after_seconds=retry_after_seconds(after))
         if status < HTTPStatus.BAD_REQUEST:
             raise ParkedError(what, fix=f"set {self.config.url_env}, or webhook_url, to the address it redirects to")

@@ -17,10 +17,6 @@ from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, EvalResult, ManifestRow
 from evsys_bus.delivery.open_runs import decode_annotation
 from evsys_bus.errors import CodecError, JournalVersionError, closest_word
-from evsys_bus.events import (
-    Event,
-    UnknownEvent,
-)
 from evsys_bus.files import DECODE_ERRORS, read_file
 from evsys_bus.journal import JournalReader
 from evsys_bus.journal.layout import Family
@@ -34,6 +30,7 @@ from evsys_bus.reading import (
     read_journal,
     summarize_series,
 )
+from evsys_bus.reading.collector import output_dir_of
 from evsys_bus.run_files import RowFile
 from evsys_bus.training.experiment_store import (
     EXPERIMENT_FILE,
@@ -356,16 +353,10 @@ def find_run_key(journal: JournalLocation) -> str | None:
                 continue
             if envelope.run == journal.run:
                 return journal.run
-            folder = _output_dir(envelope.event)
+            folder = output_dir_of(envelope.event)
             if by_folder is None and folder is not None and folder.name == journal.run:
                 by_folder = envelope.run
     return by_folder or journal.run
-
-
-def _output_dir(event: Event | UnknownEvent) -> Path | None:
-    """Return the directory of the run that an event's state names; None if it has none."""
-    folder = getattr(getattr(event, "state", None), "output_dir", None)
-    return Path(folder) if isinstance(folder, str | Path) and Path(folder) != Path() else None
 
 
 def _find_journal(folder: Path) -> JournalLocation | None:

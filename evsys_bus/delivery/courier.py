@@ -115,6 +115,8 @@ class Courier:
         """Counts and unconfirmed events of the previous courier."""
         self._stopping = False
         self._is_opening = False
+        self._next_check: asyncio.TimerHandle | None = None
+        """The next call of `_give_up_idle_open`."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
         self._idle_scope: asyncio.Timeout | None = None
@@ -283,9 +285,13 @@ class Courier:
         cursor = self._store.cursor
         try:
             self._is_opening = True
-            self._give_up_idle_open()
-            await self._receiver.open(self._set_problem)
-            self._is_opening = False
+            try:
+                self._give_up_idle_open()
+                await self._receiver.open(self._set_problem)
+            finally:
+                self._is_opening = False
+                if self._next_check is not None:
+                    self._next_check.cancel()
             if cursor.mark is not None:
                 self._receiver.rewind(cursor.mark)
             starts = source.open_run_starts(cursor.steps if has_cursor else None)
@@ -354,10 +360,13 @@ class Courier:
     async def _pause(self, *, is_finishing: bool) -> None:
         """Wait a moment for new events; meanwhile the sink may do what is due."""
         if self._sink is not None and self._sink.idle_seconds is not None and not is_finishing:
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(None) as self._idle_scope:
                     await cast("SinkReceiver", self._receiver).do_idle_work(self._clock.monotonic())
-            self._idle_scope = None
+            except TimeoutError:
+                pass
+            finally:
+                self._idle_scope = None
         await asyncio.sleep(0.0 if is_finishing else self._poll_seconds)
 
     async def _resume_runs(self, batch: Batch) -> None:
@@ -517,7 +526,9 @@ class Courier:
         if is_late and not self._unconfirmed.owed and not self.counts.pending:
             self._cancel_run()
         else:
-            loop.call_later(IDLE_SECONDS, partial(self._give_up_idle_open, began=began))
+            if self._next_check is not None:
+                self._next_check.cancel()
+            self._next_check = loop.call_later(IDLE_SECONDS, partial(self._give_up_idle_open, began=began))
 
     def _limit_idle_work(self) -> None:
         if self._idle_scope is not None:

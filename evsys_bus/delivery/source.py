@@ -355,7 +355,7 @@ class EventSource:
                     break
                 if contexts.has_parts and source.is_first_look(item):
                     source.push_back(record)
-                    batch.ended.append((stream, item.run))
+                    batch.ended.append((stream, item.run or ""))  # as `OpenRows`: "" is that of a run without a key
                     batch.is_closed, read_result = True, "full"
                     break
                 total_bytes += size

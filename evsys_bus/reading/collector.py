@@ -428,7 +428,7 @@ class JournalCollector:
 
         Runs of one key in two folders are two runs, unless the first folder is gone: then the run was moved.
         """
-        folder, root = _output_dir(envelope.event), _run_root(envelope.event)
+        folder, root = output_dir_of(envelope.event), _run_root(envelope.event)
         key = envelope.run or (folder and folder.name) or self._default_key
         same_key = [each for each in self._runs if each.key == key]
         found = next((each for each in same_key if each.is_in(root)), None)
@@ -582,7 +582,7 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _output_dir(event: Event | UnknownEvent) -> Path | None:
+def output_dir_of(event: Event | UnknownEvent) -> Path | None:
     """Return the directory of the run that an event's state names; None if it has none."""
     folder = getattr(getattr(event, "state", None), "output_dir", None)
     return Path(folder) if isinstance(folder, str | Path) and Path(folder) != Path() else None
@@ -592,7 +592,7 @@ def _run_root(event: Event | UnknownEvent) -> Path | None:
     """Return the directory of the run, by which runs of one key differ; None if the event names none."""
     ctx = getattr(event, "ctx", None)
     if ctx is None:
-        return _output_dir(event)
+        return output_dir_of(event)
     folder, key = getattr(ctx, "output_dir", None), getattr(ctx, "run_key", None)
     if not isinstance(folder, str | Path) or Path(folder) == Path():
         return None

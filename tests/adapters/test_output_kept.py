@@ -5,6 +5,7 @@ or belongs to another name; the older segments are gone or still there. The file
 """
 
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -161,16 +162,40 @@ LOSSES: dict[str, Callable[[Path], object]] = {
 }
 
 
+def two_parts(life: Life, *, ended: bool) -> tuple[list[Event], list[Event]]:
+    """The events before a follower loses its cursor, and those after that."""
+    if ended:
+        end = [TrainEnd(life.state(120), LoopArtifacts())]
+        return life.starts() + life.steps(ORDER) + end, [*life.starts(60), *life.steps([60, 62, 61])]
+    return life.starts() + life.steps(ORDER), life.steps([124, 126, 125])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What an adapter's output has of both parts if nothing is lost."""
+
+    @functools.cache
+    def rows(adapter: str, *, ended: bool) -> object:
+        make, read = ADAPTERS[adapter]
+        life = Life(tmp_path_factory.mktemp("undisturbed"))
+        for part in two_parts(life, ended=ended):
+            life.publish(part)
+        life.deliver(make(life.root))
+        return read(life.root)
+
+    return rows
+
+
 @pytest.mark.parametrize(("adapter", "loss"), [*product(ADAPTERS, ["halved"]), *product(["jsonl"], LOSSES)])
 @pytest.mark.parametrize("shortened", [True, False], ids=["older segments removed", "all segments there"])
 @pytest.mark.parametrize("ended", [True, False], ids=["after its end", "mid-run"])
 def test_a_follower_whose_cursor_is_lost_cuts_nothing_that_does_not_come_again(
-    tmp_path, adapter, loss, shortened, ended
+    tmp_path, adapter, loss, shortened, ended, undisturbed
 ):
     make, read = ADAPTERS[adapter]
     life = Life(tmp_path)
-    end = [TrainEnd(life.state(120), LoopArtifacts())] if ended else []
-    life.publish(life.starts() + life.steps(ORDER) + end)
+    first, second = two_parts(life, ended=ended)
+    life.publish(first)
     life.deliver(make(tmp_path))
     before = read(tmp_path)
     LOSSES[loss](Path(layout.cursor_path(life.journal, "rows")))
@@ -178,15 +203,9 @@ def test_a_follower_whose_cursor_is_lost_cuts_nothing_that_does_not_come_again(
         life.remove_older_segments()
     life.deliver(make(tmp_path))
     assert read(tmp_path) == before
-    life.publish(life.steps([124, 126, 125]) if not ended else [*life.starts(60), *life.steps([60, 62, 61])])
+    life.publish(second)
     life.deliver(make(tmp_path))
-    other = Life(tmp_path / "other")
-    other.publish(
-        other.starts() + other.steps(ORDER) + ([TrainEnd(other.state(120), LoopArtifacts())] if ended else [])
-    )
-    other.publish(other.steps([124, 126, 125]) if not ended else [*other.starts(60), *other.steps([60, 62, 61])])
-    other.deliver(make(tmp_path / "other"))
-    assert read(tmp_path) == read(tmp_path / "other")
+    assert read(tmp_path) == undisturbed(adapter, ended=ended)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

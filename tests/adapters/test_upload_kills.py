@@ -10,7 +10,6 @@ import os
 import re
 import signal
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,6 +19,7 @@ from evsys_adapters.checkpoints.manifest import Latest, Manifest
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.testing import Fault, fault_proxy
+from support.couriers import courier_processes
 from support.files import small_file_system
 from support.s3_client import create_bucket, unfinished_uploads
 from support.waiting import wait_until_async
@@ -97,19 +97,6 @@ class Scene:
         before = self.proxy.sent
         return lambda: self.proxy.sent - before
 
-    def couriers(self):
-        """Courier processes of this journal: it stands on their command line."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (path / "cmdline").read_bytes()
-                dead = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            except OSError:
-                continue
-            if b"courier_main" in command and os.fsencode(self.journal) in command and not dead:
-                found.append(int(path.name))
-        return found
-
     def account(self):
         return next(iter(read_progress(self.journal)), None)
 
@@ -165,7 +152,7 @@ def staged(s3, program, monkeypatch):
             try:
                 yield scene
             finally:
-                for pid in scene.couriers():
+                for pid in courier_processes(scene.journal):
                     os.kill(pid, signal.SIGKILL)
                 await store.close()
 
@@ -188,7 +175,7 @@ async def test_what_a_killed_courier_left_half_sent_is_finished_and_only_unfinis
     async with staged(tmp_path, tmp_path / "journal") as scene:
         process = scene.train(scene.save(scene.folder / "saved"))
         await middle_of(scene)
-        [courier] = scene.couriers()
+        [courier] = courier_processes(scene.journal)
         if by != "the bus":
             process.kill()
         os.kill(courier, signal.SIGKILL)
@@ -254,7 +241,7 @@ async def test_a_wrong_secret_shows_at_the_start_with_where_the_key_came_from_an
         fix = "correct the secret where it is; it is read again at the next attempt"
         status = await heard(scene.program(EVSYS_BUS, "status", str(scene.journal)))
         assert re.search(f"{re.escape(why)} .failing since .*   fix: {re.escape(fix)}", status)
-        for pid in scene.couriers():  # it lingers, and would not let another one look
+        for pid in courier_processes(scene.journal):  # it lingers, and would not let another one look
             os.kill(pid, signal.SIGKILL)
         sync = await heard(scene.program(EVSYS_BUS, "sync", str(scene.journal), "--progress", "off"))
         events = f"{told['recorded']} of {told['recorded']} events for checkpoint_upload"

@@ -1,9 +1,7 @@
 """The dashboard's page in a browser."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,32 +12,16 @@ from typing import Any
 import pytest
 
 from support import ROOT
+from support.browser import Tab, chromium
 from support.dashboard_pages import EXPERIMENTS, HOSTILE, STEPS_SO_FAR, PageServer, fill
 
-WEB = ROOT / "adapters" / "evsys_adapters" / "dashboard" / "_web"
 SOURCES = sorted((ROOT / "web" / "src").glob("*.ts*"))
-
-
-def require(condition: object, what: str) -> None:
-    """Skip on a laptop, fail where all checks must run."""
-    if not condition:
-        if os.environ.get("CI"):
-            pytest.fail(f"there is no {what}")
-        pytest.skip(f"there is no {what}")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    require(chromium, "chromium")
-    require((WEB / "index.html").is_file(), "page: uv sync --reinstall-package evsys-bus")
-    if not os.environ.get("CI"):
-        pytest.importorskip("playwright")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Its sandbox refuses to run as root, as in a container.
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +46,11 @@ def growing(filled: Path, tmp_path: Path) -> Iterator[PageServer]:
         yield server
 
 
-class Reader:
-    """A tab; remembers what the browser complained about, and what it fetched."""
-
-    def __init__(self, browser: Any, width: int = 1280, height: int = 800) -> None:
-        self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-        self.complaints: list[str] = []
-        self.requests: list[Any] = []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in {"error", "warning"} else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", self._remember)
-
-    def _remember(self, request: Any) -> None:
-        self.requests.append(request)
+class Reader(Tab):
+    """A tab for the pages of a server."""
 
     def open(self, server: PageServer, path: str, until: str) -> None:
-        self.page.goto(f"{server.url}{path}#token=a-token")
-        self.until(until)
-
-    def until(self, condition: str, seconds: float = 8) -> Any:
-        """Wait for a JavaScript expression to be true. (The page's policy refuses what Playwright would wait with.)"""
-        end = time.monotonic() + seconds
-        while not (value := self.page.evaluate(condition)):
-            assert time.monotonic() < end, f"{condition}; the page: {self.text()[:500]}; {self.complaints}"
-            time.sleep(0.03)
-        return value
-
-    def text(self, selector: str = "body") -> str:
-        return self.page.inner_text(selector)
-
-    def close(self) -> None:
-        self.page.context.close()
+        super().open(f"{server.url}{path}", until)
 
 
 @pytest.fixture

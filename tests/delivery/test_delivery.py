@@ -832,10 +832,13 @@ async def test_a_row_that_a_kill_left_open_comes_before_the_start_of_the_trainin
     assert kinds[kinds.index(Metrics) :][:5] == [Metrics, Metrics, StepEnd, RunStart, TrainStart]
 
 
-async def test_a_row_of_a_run_that_is_open_is_not_complete_because_another_run_starts_in_its_stream(journal, stream):
+@pytest.mark.parametrize("key", ["run-b", None])
+async def test_a_row_of_a_run_that_is_open_is_not_complete_because_another_run_starts_in_its_stream(
+    journal, stream, key
+):
     stream.run(0)
     stream.add(Metrics(stream.state, 1, {"a": 1.0}))
-    stream.add(RunStart(LogContext(output_dir=Path("/out"), run_key="run-b")), "run-b")
+    stream.add(RunStart(LogContext(output_dir=Path("/out"), run_key=key)), key)
     stream.add(TrainStart(stream.state))  # after a hook of the run's start has logged
     stream.add(Metrics(stream.state, 1, {"b": 1.5}))
     stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -23,8 +22,8 @@ import random_faults
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.journal import JournalReader, layout
 from evsys_bus.tasks import DeliveryStatus
-from support.couriers import counted
-from support.programs import EVSYS_BUS
+from support.couriers import counted, courier_processes
+from support.programs import EVSYS_BUS, processes_of
 from support.waiting import wait_until
 
 DESTINATIONS = '''
@@ -168,22 +167,6 @@ class Place:
     def mend(self):
         (self.folder / "mended").touch()
 
-    def processes(self):
-        """Those of ours that run, or sleep: couriers name the journal on their command line."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (path / "cmdline").read_bytes().decode(errors="replace")
-                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if str(self.folder) in command and state != "Z" and int(path.name) != os.getpid():
-                found[int(path.name)] = command
-        return found
-
-    def couriers(self):
-        return [pid for pid, command in self.processes().items() if "courier_main" in command]
-
     def recorded(self):
         """Counted in the journal itself."""
         reader = JournalReader(self.folder / "journal")
@@ -215,7 +198,7 @@ def place(tmp_path):
     for each in place.started:
         each.kill()
         each.communicate()
-    for pid in place.processes():
+    for pid in processes_of(place.folder):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -239,7 +222,7 @@ def test_whatever_a_destination_does_not_do_the_others_and_the_steps_notice_noth
     assert said["finish"].startswith("evsys-bus sync ")
     for kind in BAD:
         assert (place.folder / f"{kind}.asked").exists()
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
     for kind in BAD:
         place.agrees(kind, pending=True)
     place.mend()
@@ -248,7 +231,7 @@ def test_whatever_a_destination_does_not_do_the_others_and_the_steps_notice_noth
     for kind in ("Fine", *BAD):
         place.agrees(kind, pending=False)
         assert len(place.delivered(kind)) == 400
-    assert not place.processes()
+    assert not processes_of(place.folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -264,7 +247,7 @@ def test_one_signal_while_deliveries_are_pending_has_them_delivered_first(place,
         assert told(out)["finish"] is None
     assert "delivery.pending" not in err
     place.agrees("Slow", pending=False)
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -280,7 +263,7 @@ def test_one_signal_with_a_destination_that_never_returns_costs_the_deadline_and
     assert "delivery.pending" in err
     if number == signal.SIGINT:
         assert told(out)["deliveries"] == {"ending_Hangs": [50, 0, 0, 50]}
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
     place.mend()
     place.train("Hangs", count=0).communicate(timeout=15)  # the next start
     place.agrees("Hangs", pending=False)
@@ -295,7 +278,7 @@ def test_a_second_ctrl_c_ends_the_wait_for_deliveries_and_what_is_pending_is_saf
         trainer.send_signal(signal.SIGINT)
         time.sleep(0.2)
     assert trainer.returncode != 0
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
     place.agrees("Hangs", pending=True)
     place.mend()
     assert place.sync().returncode == 0
@@ -308,7 +291,7 @@ def drain(place):
     trainer = place.train("Slow", drain_timeout=15.0, linger_seconds=10.0)
     trainer.stdout.readline()
     wait_until(lambda: len(place.delivered("Slow")) >= 40)
-    (courier,) = place.couriers()
+    (courier,) = courier_processes(place.folder)
     assert len(place.delivered("Slow")) < 400
     return trainer, courier
 
@@ -317,10 +300,10 @@ def test_a_trainer_that_is_killed_while_it_drains_leaves_the_rest_to_its_courier
     trainer, courier = drain(place)
     trainer.kill()
     trainer.wait()
-    wait_until(lambda: not place.processes())
+    wait_until(lambda: not processes_of(place.folder))
     place.agrees("Slow", pending=False)
     assert len(place.delivered("Slow")) == 400
-    assert courier not in place.processes()
+    assert courier not in processes_of(place.folder)
 
 
 def test_couriers_that_are_killed_while_the_trainer_drains_are_started_again_and_finish(place):
@@ -330,7 +313,7 @@ def test_couriers_that_are_killed_while_the_trainer_drains_are_started_again_and
     assert trainer.returncode == 0, err
     assert told(out)["deliveries"] == {"ending_Slow": [400, 400, 0, 0]}
     place.agrees("Slow", pending=False)
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
 
 
 @pytest.mark.parametrize("then", ["the next start", "sync"])
@@ -339,7 +322,7 @@ def test_what_is_pending_after_both_were_killed_while_they_drained_is_delivered_
     trainer.kill()
     os.kill(courier, signal.SIGKILL)
     trainer.wait()
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
     place.agrees("Slow", pending=True)
     if then == "sync":
         assert place.sync().returncode == 0
@@ -347,7 +330,7 @@ def test_what_is_pending_after_both_were_killed_while_they_drained_is_delivered_
         out, err = place.train("Slow", count=0, drain_timeout=15.0).communicate(timeout=18)
         assert told(out.splitlines()[-1])["deliveries"] == {"ending_Slow": [400, 400, 0, 0]}, err
     place.agrees("Slow", pending=False)
-    wait_until(lambda: not place.processes(), 4.0)
+    wait_until(lambda: not processes_of(place.folder), 4.0)
 
 
 # -- on virtual time --------------------------------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """Leaving a bus whose adapters have nothing left to deliver is quick, whatever state they are in."""
 
 import asyncio
+import gc
 import socket
 import time
+import weakref
 
 import pytest
 
-from evsys_bus import EventBus, ExperimentStart, LogContext, ParkedError, Sink, build_callbacks
+from evsys_bus import Envelope, EventBus, ExperimentStart, LogContext, ParkedError, Sink, build_callbacks
+from evsys_bus.codec import encode
+from evsys_bus.delivery.courier import Courier
+from evsys_bus.delivery.subscription import DeliveryPolicy
+from evsys_bus.errors import RejectedError
+from evsys_bus.journal import JournalWriter
 from support.waiting import wait_until
 
 KEYS = ("EVSYS_API_KEY", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
@@ -145,6 +152,54 @@ def test_idle_work_that_hangs_keeps_no_program_from_ending(tmp_path, monkeypatch
         wait_until(lambda: HangsWhileIdle.began)
         began = time.monotonic()
     assert time.monotonic() - began < 5
+
+
+async def test_a_courier_whose_adapter_could_not_be_opened_leaves_nothing_on_the_loop(tmp_path):
+    writer = JournalWriter(tmp_path / "journal").open()
+    event = ExperimentStart(LogContext("out"))
+    writer.append(encode(Envelope(writer.stream, writer.next_sequence, 0.0, event)), essential=True)
+    writer.close()
+
+    class HasNoRow(_Sink):
+        async def open(self):
+            raise RejectedError({0: "no such table"})
+
+    async def run() -> "weakref.ref[Courier]":
+        courier = Courier(tmp_path / "journal", "it", HasNoRow(), DeliveryPolicy())
+        courier.finish()
+        with pytest.raises(RejectedError):
+            await courier.run()
+        return weakref.ref(courier)
+
+    left = await run()
+    gc.collect()
+    assert left() is None
+
+
+async def test_a_courier_that_is_stopped_during_idle_work_may_be_asked_to_finish(tmp_path):
+    began = asyncio.Event()
+
+    class WaitsWhileIdle(_Sink):
+        idle_seconds = 0.0
+
+        async def on_idle(self):
+            began.set()
+            await asyncio.Event().wait()
+
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem))
+    JournalWriter(tmp_path / "journal").open().close()
+    courier = Courier(tmp_path / "journal", "it", WaitsWhileIdle(), DeliveryPolicy())
+
+    async def stop() -> None:
+        await began.wait()
+        courier.stop()
+
+    await asyncio.gather(courier.run(), stop())
+    courier.finish()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert problems == []
 
 
 def test_what_is_pending_for_a_parked_adapter_is_counted_and_not_waited_for(tmp_path):

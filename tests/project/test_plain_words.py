@@ -2,12 +2,9 @@
 
 import ast
 import re
+from pathlib import Path
 
-import pytest
-
-from support import ROOT
-
-SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
+from support.sources import source_trees
 
 REPLACED = {  # a word of the former dialect -> what to write instead
     "tell tells told telling": "report, print, log, notify",
@@ -64,28 +61,25 @@ def first_lines(tree):
                 yield re.sub(r"`+[^`]*`+|\"[^\"]*\"", "", text.splitlines()[0]), node.body[0].lineno
 
 
-def named(path):
-    return str(path.relative_to(ROOT))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_a_name_and_a_docstring_use_plain_words(path):
-    tree = ast.parse(path.read_text("utf-8"))
+def odd_words(name, tree):
     odd = [
-        f"{named(path)}:{line} {name}: write {WORDS[word]}"
-        for name, line in identifiers(tree)
-        if name not in ALLOWED
-        for word in words_of(name)
+        f"{name}:{line} {identifier}: write {WORDS[word]}"
+        for identifier, line in identifiers(tree)
+        if identifier not in ALLOWED
+        for word in words_of(identifier)
         if word in WORDS
     ]
-    odd += [
-        f"{named(path)}:{line} {text!r}: write {WORDS[word]}"
+    return odd + [
+        f"{name}:{line} {text!r}: write {WORDS[word]}"
         for text, line in first_lines(tree)
         for word in re.findall(r"[a-z]+", text.lower())
         if word in WORDS
     ]
-    assert odd == []
+
+
+def test_a_name_and_a_docstring_use_plain_words():
+    assert [odd for name, tree in source_trees().items() for odd in odd_words(name, tree)] == []
 
 
 def test_a_module_is_named_in_plain_words():
-    assert [named(path) for path in SOURCES if set(words_of(path.stem)) & set(WORDS)] == []
+    assert [name for name in source_trees() if set(words_of(Path(name).stem)) & set(WORDS)] == []

@@ -1,6 +1,9 @@
 """Running couriers in tests, and reading what they left on disk."""
 
 import asyncio
+import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.tasks import DeliveryStatus
 from support.files import read_json_lines
-from support.programs import running_processes
+from support.programs import processes_of
 
 
 async def deliver(journal: str | Path, adapter: Any, policy: DeliveryPolicy | None = None, **options: Any) -> Courier:
@@ -38,6 +41,16 @@ def read_dead_letters(journal: str | Path, name: str = "it") -> list[Any]:
     return read_json_lines(Path(journal, "couriers", f"{name}.dead.jsonl"))
 
 
-def courier_processes(journal: str | Path) -> list[int]:
-    """Return the pids of a journal's courier processes, found by their command line."""
-    return [pid for pid, command in running_processes() if "courier_main" in command and str(journal) in command]
+def courier_processes(folder: str | Path) -> list[int]:
+    """Return the pids of the courier processes of the journals in a folder, which is on their command line."""
+    return [pid for pid, command in processes_of(folder).items() if "courier_main" in command]
+
+
+def kill_couriers(folder: str | Path) -> int:
+    """Kill the courier processes of the journals in a folder; return how many there were."""
+    killed = 0
+    for pid in courier_processes(folder):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed

@@ -58,9 +58,23 @@ def in_terminal(arguments: Sequence[str], columns: int, cwd: Path) -> str:
 
 def running_processes() -> list[tuple[int, str]]:
     """Return the pid and the command line of every process of this machine; zombies do not count."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
-    return [(int(row[0]), row[2]) for row in rows if "Z" not in row[1]]
+    if not Path("/proc/self/stat").exists():
+        command = ["ps", "-A", "-ww", "-o", "pid=,stat=,args="]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+        return [(int(row[0]), row[2]) for row in rows if "Z" not in row[1]]
+    found: list[tuple[int, str]] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            line, stat = (path / "cmdline").read_bytes(), (path / "stat").read_text(errors="replace")
+            if stat.rpartition(")")[2].split()[0] != "Z":
+                found.append((int(path.name), os.fsdecode(line.replace(b"\0", b" "))))
+    return found
+
+
+def processes_of(folder: str | Path) -> dict[int, str]:
+    """Return the command lines, by pid, of the other processes with this folder on their command line."""
+    return {pid: command for pid, command in running_processes() if str(folder) in command and pid != os.getpid()}
 
 
 def _run_command(command: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":

@@ -14,6 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from support.couriers import courier_processes
 from support.programs import EVSYS_BUS
 
 DAY = 86_400
@@ -58,7 +59,7 @@ def stop_trainer(scenario, life):
 
 
 def stop_courier(scenario, life):
-    pids = scenario.courier_pids()
+    pids = courier_processes(scenario.directory)
     if not pids:
         return
     scenario.note("stop_courier")
@@ -91,13 +92,16 @@ def limit_files(scenario, life):
 
 
 def _limit_for_a_while(scenario, life, what, soft):
-    pids = [life.process.pid] if scenario.rng.random() < 0.5 else scenario.courier_pids() or [life.process.pid]
+    pids = [life.process.pid]
+    if scenario.rng.random() >= 0.5:
+        pids = courier_processes(scenario.directory) or pids
     before = resource.getrlimit(what)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, (soft, before[1]))
     life.run_for(scenario.rng.uniform(0.1, 1.5))
-    for pid in {*pids, life.process.pid, *scenario.courier_pids()}:  # a courier may have been started meanwhile
+    pids = {*pids, life.process.pid, *courier_processes(scenario.directory)}  # one may have been started meanwhile
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, before)
 
@@ -186,7 +190,7 @@ def failing_calls(scenario, life):
     calls, errors = scenario.rng.choice(INJECTED)
     if "write" in calls and (life.plan["entry"] == "uvloop" or life.plan["couriers"] == "thread"):
         calls, errors = INJECTED[0]  # libuv aborts if it cannot write to its wake-up pipe; courier threads use it too
-    pids = scenario.courier_pids()
+    pids = courier_processes(scenario.directory)
     pid = scenario.rng.choice(pids) if pids and scenario.rng.random() < 0.6 else life.process.pid
     error, when = scenario.rng.choice(errors), scenario.rng.choice(("1+", "3+", "1+2", "2+7"))
     target = "trainer" if pid == life.process.pid else "courier"

@@ -4,18 +4,16 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import time
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 from evsys_bus import Checkpoint, StepEnd, TrainEnd, TrainStart
 from evsys_bus.codec import decode
 from evsys_bus.journal import JournalReader
 from support.files import read_json_lines
-from support.programs import EVSYS_BUS
+from support.programs import EVSYS_BUS, processes_of
 from support.violations import Violation, require
 
 NUM_STEPS_BASE = 1_000_000
@@ -246,23 +244,9 @@ def run_command(arguments, environment, *, seconds=COMMAND_SECONDS):
     return process.returncode, out, err
 
 
-def find_processes(directory):
-    """Return pid -> command line of all other processes with this directory on their command line."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (path / "cmdline").read_bytes()
-            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if os.fsencode(directory) in line and state != "Z" and int(path.name) != os.getpid():
-            found[int(path.name)] = line.replace(b"\0", b" ").decode(errors="replace")
-    return found
-
-
 def wait_until_no_processes(directory, seconds):
     """Wait until no process works in the directory; raises `Violation` on timeout."""
     deadline = time.monotonic() + seconds
-    while (remaining := find_processes(directory)) and time.monotonic() < deadline:
+    while (remaining := processes_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.05)
     require(not remaining, f"left behind: {remaining}")

@@ -29,8 +29,8 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from evsys_adapters.common.http_client import is_temporary, retry_after_seconds
 from evsys_adapters.dashboard.state_file import SERVICE, read_state, state_path
-from evsys_adapters.evsys_api.gateway import RETRIED_STATUSES, retry_after_seconds
 from evsys_bus.codec import encode
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, ParkedError, RetryLaterError
@@ -336,7 +336,7 @@ class DashboardDelivery:
             raise ParkedError(what, fix=fix)
         if reply.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
-        if reply.status in RETRIED_STATUSES or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if is_temporary(reply.status):
             after = retry_after_seconds(reply.headers.get("Retry-After"))
             raise RetryLaterError(what + _fix(reply), after_seconds=after)
         raise ParkedError(what, fix="use the same version of evsys-bus here and for the dashboard")

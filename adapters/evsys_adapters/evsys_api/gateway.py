@@ -14,24 +14,19 @@ Responses are mapped as follows:
 aiohttp is imported with the first connection.
 """
 
-import asyncio
-import importlib
 import os
 import re
 import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import Annotated, Any, Final, cast
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
+from evsys_adapters.common.http_client import HttpSession, is_temporary, retry_after_seconds
 from evsys_adapters.common.params import require_package
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
-
-if TYPE_CHECKING:
-    import aiohttp
 
 PATH: Final = "/api/dashboard/api/sdk/data/"
 DEFAULT_URL: Final = "http://localhost:8000"
@@ -40,7 +35,6 @@ _MAX_REDIRECTS: Final = 5
 _MAX_SHOWN_CHARS: Final = 300
 """Maximum number of characters of a response in error messages."""
 _ERROR_BYTES: Final = 1 << 16
-RETRIED_STATUSES: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
 _NO_SUCH_PAGE: Final = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE})
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
@@ -147,8 +141,8 @@ class Gateway:
         self.url: Final = url
         self._config: Final = config
         self._endpoint = f"{url}{PATH}"
-        self._session: aiohttp.ClientSession | None = None
-        self._errors: tuple[type[Exception], ...] = ()
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._session = HttpSession(config.timeout_seconds, max_connections=config.in_flight, headers=headers)
         self._has_answered = False
         self._paused_until = 0.0
         """End of the pause requested by the server; monotonic time."""
@@ -177,24 +171,11 @@ class Gateway:
 
     async def close(self) -> None:
         """Close the connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._session.close()
 
     async def _post(self, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
         authorized = {"Authorization": f"Bearer {api_key(self._config)}"}
-        if self._session is None:
-            # On a thread: the loop may be the program's own, and the import takes a quarter of a second.
-            aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
-            self._errors = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._config.in_flight),
-                timeout=aiohttp.ClientTimeout(total=self._config.timeout_seconds),
-                headers={"Content-Type": "application/json", "Accept": "application/json"},
-                trust_env=True,  # proxies, as in EvSys' clients
-            )
-        assert self._session is not None
-        session = self._session
+        session = await self._session.open()
         try:
             async with session.post(url, data=body, headers=authorized, allow_redirects=False) as reply:
                 failed = reply.status >= HTTPStatus.BAD_REQUEST
@@ -202,7 +183,7 @@ class Gateway:
                 return reply.status, reply.headers, data
         except TimeoutError as error:
             raise RetryLaterError(f"{url} did not answer within {self._config.timeout_seconds:g} s") from error
-        except self._errors as error:
+        except self._session.errors as error:
             raise RetryLaterError(f"{url}: {type(error).__name__}: {error}") from error
 
     def _redirected(self, url: str, status: int, location: str | None) -> str:
@@ -235,7 +216,7 @@ class Gateway:
             raise ParkedError(what, fix=f"{fix}, and by `evsys-bus sync`")
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
-        if status in RETRIED_STATUSES or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if is_temporary(status):
             after = retry_after_seconds(headers.get("Retry-After"))
             if after is not None:
                 self._paused_until = time.monotonic() + after
@@ -249,17 +230,3 @@ class Gateway:
 
 def _text(data: bytes) -> str:
     return " ".join(data.decode("utf-8", "replace").split())[:_MAX_SHOWN_CHARS]
-
-
-def retry_after_seconds(text: str | None) -> float | None:
-    """Parse a Retry-After header: seconds, or a date."""
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
