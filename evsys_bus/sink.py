@@ -156,11 +156,18 @@ class Sink(Adapter):
         if self.evsys_attached is not None:
             self.evsys_attached.report_owed(self, events, why, fix)
 
-    def report_waiting(self, why: str | None) -> None:
-        """Show that the sink waits, with nothing pending: the healthy state ``waiting``. None once it is over."""
+    def report_waiting(self, why: str | None, events: int = 0, fix: str | None = None) -> None:
+        """Show that the sink waits, with nothing pending: the healthy state ``waiting``.
+
+        Args:
+            why: What it waits for; None once that is over.
+            events: How many of the events that `write` has accepted wait with it. They count as neither delivered nor
+                pending, and nothing retries them: with None, or less of them, they count as delivered.
+            fix: What a person can do, such as the command that delivers them.
+        """
         report = getattr(self.evsys_attached, "report_waiting", None)  # a courier; a replay has no status
         if report is not None:
-            report(why)
+            report(why, events, fix)
 
 
 def sink_name(sink: Sink) -> str:

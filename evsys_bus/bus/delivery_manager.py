@@ -489,6 +489,9 @@ class DeliveryManager:
         if self._delivery_log is not None:
             self._run_guarded("couriers.unreadable", partial(self._delivery_log.poll, final=True))
         final_receipt = self.add_deliveries(receipt)
+        for each in final_receipt.deliveries:
+            if each.waiting:
+                log().info("delivery.waiting", **{each.name: each.waiting}, why=each.error, fix=each.fix)
         for each in final_receipt.deliveries if not ended else ():
             if each.is_known and each.busy and not each.pending and not each.owed:
                 meaning = "all was delivered, but its shutdown has not finished"
@@ -532,9 +535,7 @@ class DeliveryManager:
     def add_deliveries(self, receipt: Receipt) -> Receipt:
         """Return the receipt with the current status of each delivery."""
         deliveries = self.deliveries()
-        has_pending = any(
-            each.pending or each.owed or not each.is_known for each in deliveries if each.name not in self._unconfirmed
-        )
+        has_pending = any(each.unfinished for each in deliveries if each.name not in self._unconfirmed)
         resume_command = f"evsys-bus sync {self._directory}" if has_pending else None
         return msgspec.structs.replace(receipt, deliveries=deliveries, resume_command=resume_command)
 

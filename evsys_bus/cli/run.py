@@ -352,10 +352,10 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) 
 def _report_undelivered(receipt: Receipt, warn: Callable[[str], None], head: str) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
     for each in receipt.deliveries:
-        unfinished = each.pending or each.owed or not each.is_known
-        status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
+        is_shown = each.unfinished or each.waiting or each.state == "failed"
+        status = each if is_shown else msgspec.structs.replace(each, error=None)
         for line in problem_lines(status, receipt.journal, show_since=False):
-            warn(f"{head} {printable(line)}")
+            warn(printable(line) if each.state == "waiting" else f"{head} {printable(line)}")
     pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
     pending += [f"{printable(each.name)} unknown" for each in receipt.deliveries if not each.is_known]
     unconfirmed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
@@ -365,7 +365,7 @@ def _report_undelivered(receipt: Receipt, warn: Callable[[str], None], head: str
         kinds = [*(["delivered"] if pending else []), *(["confirmed"] if unconfirmed else [])]
         what = f"{' or not '.join(kinds)} yet"
         warn(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
-    return not all(each.complete for each in receipt.deliveries)
+    return any(each.unfinished or each.dead or each.failures for each in receipt.deliveries)
 
 
 def result_lines(

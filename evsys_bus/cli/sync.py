@@ -190,8 +190,10 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
                     f"{directory} has no adapter {name}; {did_you_mean(name, known) or 'it has none'}"
                 )
         return [directory]
-    pending = (each for each in list_journals_newest_first() if unfinished_deliveries(each, adapters))
-    return list(pending) if everywhere else [each for each in [next(pending, None)] if each is not None]
+    found = [(each, left) for each in list_journals_newest_first() if (left := unfinished_deliveries(each, adapters))]
+    if not everywhere:  # one where events only wait comes after all others
+        found = sorted(found, key=lambda each: not any(status.unfinished for status in each[1]))[:1]
+    return [directory for directory, _ in found]
 
 
 def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
@@ -199,7 +201,7 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
     if as_json:
         facts = [
             {"type": "pending", "journal": str(work.directory), "adapter": each.name, "pending": each.pending}
-            | {"owed": each.owed}
+            | {"owed": each.owed, "waiting": each.waiting}
             for each in rows
         ]
         return [encode_json(each).decode() for each in facts]
@@ -208,7 +210,7 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
         [
             [
                 printable(each.name),
-                f"{pluralize(each.pending, 'event')} to send",
+                f"{pluralize(each.pending + each.waiting, 'event')} to send",
                 *([f"{each.owed:,} to be confirmed"] if has_unconfirmed else []),
             ]
             for each in rows
@@ -244,8 +246,8 @@ def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
 
 
 def unfinished_deliveries(directory: Path, only: Collection[str]) -> list[DeliveryStatus]:
-    """Return the adapters of a journal that have pending or unconfirmed events."""
-    found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
+    """Return the adapters of a journal that have pending, waiting or unconfirmed events."""
+    found = (each for each in read_progress(directory) if each.unfinished or each.waiting)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
@@ -401,7 +403,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
 
 def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
     """Return whether other processes deliver to all adapters that have events left."""
-    left = [each for each in statuses if each.pending or each.owed]
+    left = [each for each in statuses if each.unfinished or each.waiting]
     for each in left:
         owner = read_owner(OsDisk(), layout.courier_path(str(directory), each.name, "lock")) if each.busy else None
         if owner is None or (owner.pid, owner.host) == (pid, os.uname().nodename):
@@ -460,7 +462,7 @@ class _CourierWait:
         """Return whether to keep waiting for these adapters; ends stuck processes."""
         self._statuses = self._progress.read()
         for each in self._statuses:
-            counts = (each.delivered, each.dead, each.owed)
+            counts = (each.delivered, each.dead, each.owed, each.waiting)
             if each.name not in self._last_progress or self._last_progress[each.name][0] != counts:
                 self._last_progress[each.name] = counts, time.monotonic()
         orphaned: list[DeliveryStatus] = []

@@ -21,14 +21,14 @@ from evsys_bus.codec import error_text
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.delivery_store import DeliveryStore
 from evsys_bus.delivery.progress import PendingCounter
-from evsys_bus.delivery.receiver import HasFailureCounts, Receiver, unconfirmed_status
+from evsys_bus.delivery.receiver import HasFailureCounts, Receiver, confirm_deliveries, unconfirmed_status
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import DeliveryPolicy, adapter_kind
 from evsys_bus.delivery.subscriptions import is_subscribed
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Envelope, Event
-from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
+from evsys_bus.journal import Clock, Cursor, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
 
@@ -129,8 +129,8 @@ class Courier:
         self._failing_since: float | None = None
         self._unconfirmed = DeliveryStatus()
         """Unconfirmed events: the fields ``owed``, ``owed_fix`` and ``error``."""
-        self._waiting_for: str | None = None
-        """What the sink waits for while nothing is pending."""
+        self._waiting: DeliveryStatus | None = None
+        """What the sink waits for while nothing is pending: the fields ``state``, ``error`` and ``fix``."""
         self._saved_failures = (0, 0)
         """Failure counts of hooks and tasks, as last written before a commit."""
         self._pending_counter = PendingCounter(self.directory, policy.ranks, self._disk)
@@ -208,20 +208,31 @@ class Courier:
             same_texts = (previous.error, previous.owed_fix) == (unconfirmed.error, unconfirmed.owed_fix)
             self._write_status("delivering", urgent=not (same_texts and unconfirmed.owed and previous.owed))
 
-    def report_waiting(self, why: str | None) -> None:
+    def report_waiting(self, why: str | None, events: int = 0, fix: str | None = None) -> None:
         """Store what the sink waits for, on the courier's loop; see `Sink.report_waiting`."""
-        if why != self._waiting_for:
-            self._waiting_for = why
+        cursor, count = self._store.cursor, 0 if why is None else events
+        if count != cursor.waiting:
+            cursor.waiting = count
+            self._store.has_changes = True
+        waiting = None if why is None else DeliveryStatus(state="waiting", error=why, fix=fix)
+        if waiting != self._waiting:
+            self._waiting = waiting
             self._write_status("idle", urgent=True)
 
     @property
     def counts(self) -> DeliveryStatus:
         """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
-        positions = dict(self._store.cursor.streams)
-        delivered, dead = (sum(getattr(each, field) for each in positions.values()) for field in ("delivered", "dead"))
-        pending = self._pending_counter.count(positions)
-        recorded = delivered + dead + pending
-        return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
+        cursor = Cursor(dict(self._store.cursor.streams), waiting=self._store.cursor.waiting)
+        delivered, dead, waiting = cursor.counts()
+        pending = self._pending_counter.count(cursor.streams)
+        return DeliveryStatus(
+            self.name,
+            recorded=delivered + dead + waiting + pending,
+            delivered=delivered,
+            dead=dead,
+            pending=pending,
+            waiting=waiting,
+        )
 
     @property
     def handled(self) -> int:
@@ -330,6 +341,7 @@ class Courier:
                 self._commit(at_once=True)
                 self._write_status("idle")
                 if include_idle and was_exhausted:
+                    await self._settle_waiting()
                     self._is_complete = True
                     return
                 was_exhausted = include_idle
@@ -356,6 +368,12 @@ class Courier:
                 if not self._failed_marks:
                     self._set_problem(None)
             await asyncio.sleep(self._slice_seconds or 0.0)
+
+    async def _settle_waiting(self) -> None:
+        """Let the sink deliver what waits, if its destination is there by now."""
+        if self._store.cursor.waiting and self._sink is not None:
+            await confirm_deliveries(self._sink, self.name, self._deadline)
+            self._commit(at_once=True)
 
     async def _pause(self, *, is_finishing: bool) -> None:
         """Wait a moment for new events; meanwhile the sink may do what is due."""
@@ -494,14 +512,15 @@ class Courier:
         unconfirmed, previous = self._unconfirmed, self._previous_status
         # A problem of the delivery comes before the reason for unconfirmed events.
         shown = unconfirmed if problem is None else problem
-        if problem is None and self._waiting_for is not None and state in {"idle", "delivering"}:
-            problem = shown = DeliveryStatus(state="waiting", error=self._waiting_for)
+        is_waiting = problem is None and (state in {"idle", "delivering"} or self._store.cursor.waiting > 0)
+        if is_waiting and self._waiting is not None:
+            shown = self._waiting
         counts = self.failure_counts
         failures, task_failures, last_failure = (
             (0, 0, None) if counts is None else (counts.failures, counts.task_failures, counts.last_failure)
         )
         status = DeliveryStatus(
-            state=state if problem is None or state in {"ended", "failed"} else problem.state,
+            state=state if shown.state is None or (problem and state in {"ended", "failed"}) else shown.state,
             pid=os.getpid(),
             owed=unconfirmed.owed,
             owed_fix=unconfirmed.owed_fix,

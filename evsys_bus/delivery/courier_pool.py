@@ -308,7 +308,7 @@ class CourierPool:
         if worker.progress is None:
             worker.progress = ProgressReader(self._directory, self._disk)
         statuses = [each for each in worker.progress.read() if each.name == worker.name]
-        return any(each.pending or each.owed or not each.is_known for each in statuses)
+        return any(each.unfinished for each in statuses)
 
     def _make_courier(self, worker: "_CourierWorker") -> Courier:
         """Create a courier with a newly built adapter: a failed one is in an unknown state."""

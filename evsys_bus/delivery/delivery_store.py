@@ -294,7 +294,12 @@ class DeliveryStore:
             if self._unsaved_cursor is None:
                 cursor = self.cursor
                 self._unsaved_cursor = Cursor(
-                    dict(cursor.streams), dict(cursor.steps), self.rows.first_parts(), mark(), self._kind
+                    dict(cursor.streams),
+                    dict(cursor.steps),
+                    self.rows.first_parts(),
+                    mark(),
+                    self._kind,
+                    cursor.waiting,
                 )
                 self.has_changes = False
             if not self.save_cursor():

@@ -1,7 +1,8 @@
-"""`read_progress`: the delivery progress of every adapter of a journal: ``recorded = delivered + dead + pending``.
+"""`read_progress`: the delivery progress of every adapter of a journal.
 
-Everything is read from disk. The cursor holds the delivered and dead counts; pending events are those after the cursor,
-counted by frames and checksums without decoding. So all processes that read a journal get the same counts.
+Always ``recorded = delivered + dead + waiting + pending``. Everything is read from disk. The cursor holds all of these
+counts but that of pending events: those after the cursor, counted by frames and checksums without decoding. So all
+processes that read a journal get the same counts.
 """
 
 import os
@@ -91,11 +92,9 @@ class ProgressReader:
         # First the state, then the cursor, last the journal: what changes meanwhile is counted as pending.
         status = read_status(disk, directory, name)
         busy = disk.is_locked(layout.courier_path(directory, name, "lock"))
-        positions = CursorStore(directory, disk).load_readonly(name).streams
-        delivered, dead = (
-            sum(each.delivered for each in positions.values()),
-            sum(each.dead for each in positions.values()),
-        )
+        cursor = CursorStore(directory, disk).load_readonly(name)
+        delivered, dead, waiting = cursor.counts()
+        positions = cursor.streams
         if name not in self._pending_counters:
             self._pending_counters[name] = PendingCounter(directory, policy.ranks, disk)
         pending = self._pending_counters[name].count(positions, last_sequences)
@@ -103,12 +102,13 @@ class ProgressReader:
         return msgspec.structs.replace(
             status,
             name=name,
-            recorded=delivered + dead + pending,
+            recorded=delivered + dead + waiting + pending,
             delivered=delivered,
             dead=dead,
             pending=pending,
             owed=min(status.owed, delivered),
             absent=self._pending_counters[name].count_absent(positions),
+            waiting=waiting,
             busy=busy,
         )
 

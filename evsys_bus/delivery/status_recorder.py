@@ -152,6 +152,7 @@ class StatusRecorder:
             delivered=counts.delivered,
             dead=counts.dead,
             pending=counts.pending,
+            waiting=counts.waiting,
         )
         compared = (state, counts)
         is_new = recorded is None or recorded.compared != compared

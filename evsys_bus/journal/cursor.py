@@ -33,10 +33,19 @@ class Cursor(msgspec.Struct, omit_defaults=True):
     """What the adapter's ``mark()`` returned at this position: plain data."""
     kind: str = ""
     """The kind of adapter that wrote the mark. Empty if unknown; any adapter with this name may then use it."""
+    waiting: int = 0
+    """How many of the events that count as delivered in ``streams`` wait for a destination: `Sink.report_waiting`."""
 
     def position(self, stream: str) -> Position:
         """The position in this stream."""
         return self.streams.get(stream, _INITIAL_POSITION)
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many events were delivered, are dead letters, and wait for a destination."""
+        positions = list(self.streams.values())
+        accepted = sum(each.delivered for each in positions)
+        waiting = min(self.waiting, accepted)
+        return accepted - waiting, sum(each.dead for each in positions), waiting
 
 
 class CursorStore:

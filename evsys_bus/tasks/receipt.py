@@ -40,16 +40,16 @@ class TaskCounts(msgspec.Struct):
 DeliveryState = Literal[
     "delivering", "idle", "waiting", "retrying", "parked", "ended", "failed", "other_rank", "unknown"
 ]
-"""``idle``: every event was delivered. ``waiting``: the adapter waits for other work, for the reason in ``error``;
-nothing is wrong. ``retrying``: an error that may pass. ``parked``: a person has to act; retried once a minute.
-``failed``: the adapter cannot be built or opened. ``other_rank``: another rank of the job delivers to it. ``unknown``:
-its files cannot be read now, for the reason in ``error``, and the counts are not valid."""
+"""``idle``: every event was delivered. ``waiting``: the adapter waits for other work, or for a destination, for the
+reason in ``error``; nothing is wrong. ``retrying``: an error that may pass. ``parked``: a person has to act; retried
+once a minute. ``failed``: the adapter cannot be built or opened. ``other_rank``: another rank of the job delivers to
+it. ``unknown``: its files cannot be read now, for the reason in ``error``, and the counts are not valid."""
 
 
 class DeliveryStatus(msgspec.Struct, frozen=True):
     """Status of one delivery: the same struct in its state file, in ``health()``, receipts and ``evsys-bus status``.
 
-    At any time ``recorded = delivered + dead + pending``, and ``owed <= delivered``.
+    At any time ``recorded = delivered + dead + waiting + pending``, and ``owed <= delivered``.
     """
 
     name: str = ""
@@ -92,6 +92,8 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
     """Path of the courier's log, which has the tracebacks, if the courier has a log of its own."""
     absent: int = 0
     """Events that were removed from the journal before this adapter could get them; not counted as recorded."""
+    waiting: int = 0
+    """Events whose destination was not there, which is no fault, and that it gets only once it is: see ``fix``."""
 
     trouble: ClassVar[Renamed] = Renamed("last_error")
 
@@ -113,9 +115,14 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         return self.state != "unknown"
 
     @property
+    def unfinished(self) -> bool:
+        """Whether events are pending or unconfirmed; True where that is unknown."""
+        return not self.is_known or bool(self.pending or self.owed)
+
+    @property
     def complete(self) -> bool:
         """Whether every event was delivered and confirmed and nothing failed; False where that is unknown."""
-        return self.is_known and not (self.pending or self.dead or self.owed or self.failures)
+        return not (self.unfinished or self.dead or self.waiting or self.failures)
 
     @property
     def failures(self) -> int:
@@ -124,10 +131,10 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
 
     @property
     def problem(self) -> str | None:
-        """On one line: the error, or else the newest failure, and what to do; None if everything is complete."""
+        """On one line: the error, what it waits for, or the newest failure, and what to do; None if it is complete."""
         if self.complete and self.last_error is None:
             return None
-        why = self.last_error or (self.error if not self.is_known else None) or self.last_failure
+        why = self.last_error or (self.error if self.waiting or not self.is_known else None) or self.last_failure
         fix = self.suggested_fix
         parts = [why or "", f"fix: {fix}" if fix else ""]
         return "   ".join(" ".join(part.split()) for part in parts if part) or None
@@ -193,9 +200,10 @@ class Receipt(msgspec.Struct, frozen=True):
     def _repr_html_(self) -> str:
         """Show the same as a table; its colours are those of the page."""
         cell = "padding: 0.1em 0.8em; text-align: {}; border-bottom: 1px solid currentColor"
-        rows = [["adapter", *_COUNTS, ""]]
+        words = [word for word in _COUNTS if word != "waiting" or any(each.waiting for each in self.deliveries)]
+        rows = [["adapter", *words, ""]]
         for name, counts, problem in self._delivery_rows():
-            rows.append([name, *(f"{counts[word]:,}" if word in counts else "-" for word in _COUNTS), problem or ""])
+            rows.append([name, *(f"{counts[word]:,}" if word in counts else "-" for word in words), problem or ""])
         lines = [
             "<tr>"
             + "".join(
@@ -254,6 +262,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
 _COUNTS: Final[Mapping[str, Callable[[DeliveryStatus], int]]] = {
     "delivered": lambda status: status.delivered,
+    "waiting": lambda status: status.waiting,
     "pending": lambda status: status.pending,
     "owed": lambda status: status.owed,
     "dead": lambda status: status.dead,

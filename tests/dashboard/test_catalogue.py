@@ -474,6 +474,29 @@ class TestRunFacts:
         urls = [run.extras["url"] for each in experiments for run in store.catalogue.records.runs(each.id)]
         assert urls == [START + 10, START + 1_010]
 
+    def test_events_of_a_courier_belong_to_the_run_of_its_journal_where_two_at_one_time_have_the_name(self, store):
+        class PageAdded(Event, frozen=True):
+            page: str
+
+        for first in ("courier", "trainer"):  # whichever events come first
+            for root in (f"/runs/{first}-a", f"/runs/{first}-b"):
+                trainer = Delivery(store, f"r0-{root}", journal=f"{root}/journal")
+                courier = Delivery(store, f"c0-{root}", start=START + 5, journal=f"{root}/journal")
+                if first == "trainer":
+                    train(trainer, context(root))
+                courier.send(RunAnnotated("a-s0", {"url": root}), PageAdded(root), run="a-s0")
+                if first == "courier":
+                    train(trainer, context(root))
+        found = {
+            each.path: (run.extras["url"], store.catalogue.details.kept_events(run.id, "page_added"))
+            for each in store.catalogue.records.experiments()
+            for run in store.catalogue.records.runs(each.id)
+        }
+        assert len(found) == 4
+        for path, (url, pages) in found.items():
+            assert url == path
+            assert [each["fields"] for each in pages] == [{"page": path}]
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(

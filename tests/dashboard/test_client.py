@@ -1,10 +1,14 @@
 """evsys_logger and a dashboard: which one is found, what reaches it, and what kills and outages cost."""
 
+import asyncio
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from starlette.responses import JSONResponse
@@ -22,7 +26,7 @@ from evsys_bus.tasks import run_in_new_loop
 from support.dashboard_server import DashboardServer
 from support.evsys_server import html_response
 from support.journals import read_records, read_sequences
-from support.programs import EVSYS_BUS
+from support.programs import EVSYS_BUS, run_evsys_bus
 from support.waiting import wait_until
 
 
@@ -82,6 +86,17 @@ def deliver(journal, **params):
 def status(journal):
     [found] = [each for each in read_progress(journal) if each.name == "evsys_logger"]
     return found
+
+
+def evsys_bus(*arguments):
+    """Run the command; returns its exit code, stdout and stderr."""
+    done = run_evsys_bus(*arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def json_rows(done, kind):
+    """The rows of a kind in the JSON that a command has printed."""
+    return [row for row in map(json.loads, done[1].splitlines()) if row["type"] == kind]
 
 
 def has_all(server, journal):
@@ -162,9 +177,88 @@ def test_without_a_dashboard_it_waits_with_nothing_pending_and_the_bus_closes_at
         waiting = status(tmp_path / "journal")
         began = time.monotonic()
     assert time.monotonic() - began < 5
-    assert "evsys-bus dash" in waiting.error
-    assert (waiting.pending, waiting.owed, waiting.last_error, waiting.failures) == (0, 0, None, 0)
-    assert bus.receipt.deliveries[0].complete, bus.receipt
+    assert "no dashboard" in waiting.error
+    assert (waiting.waiting, waiting.delivered, waiting.last_error, waiting.failures) == (5, 0, None, 0)
+    assert (waiting.pending, waiting.owed) == (0, 0)
+
+
+def test_what_waits_for_a_dashboard_is_not_delivered_and_everything_says_so_with_the_command(tmp_path, home, caplog):
+    journal = tmp_path / "journal"
+    with caplog.at_level("INFO"), EventBus([EvsysLoggerCallback()], journal=journal) as bus:
+        train(bus, tmp_path / "run")
+    [delivery] = bus.receipt.deliveries
+    command = f"evsys-bus dash --import {journal}"
+    assert (delivery.recorded, delivery.delivered, delivery.waiting, delivery.pending) == (5, 0, 5, 0)
+    assert (delivery.state, delivery.fix, delivery.complete) == ("waiting", command, False)
+    assert bus.receipt.resume_command is None
+    for shown in (repr(bus.receipt), str(bus.receipt), bus.receipt._repr_html_()):
+        assert "everything was delivered" not in shown
+        assert "5 waiting" in shown or "waiting</th>" in shown
+    assert f"no dashboard is running   fix: {command}" in str(bus.receipt)
+    [line] = [each.getMessage() for each in caplog.records if "delivery.waiting" in each.getMessage()]
+    assert "evsys_logger=5" in line
+    assert command in line
+    assert status(journal).waiting == 5
+    code, out, err = evsys_bus("status", journal)
+    assert "waiting" in out
+    assert command in out
+    [row] = json_rows(evsys_bus("status", journal, "--json"), "adapter")
+    assert (row["state"], row["delivered"], row["waiting"], row["pending"]) == ("waiting", 0, 5, 0)
+    code, out, err = evsys_bus("sync", journal)
+    assert (code, "waiting 5" in out, command in err) == (0, True, True)
+
+
+def test_a_killed_courier_forgets_nothing_that_waits(tmp_path, home):
+    journal = record(tmp_path / "journal")
+    courier = Courier(journal, "evsys_logger", EvsysSink(), DeliveryPolicy(), poll_seconds=0.001)
+
+    async def run_until_committed():
+        task = asyncio.create_task(courier.run())
+        while not any(each.waiting for each in read_progress(journal)):
+            await asyncio.sleep(0.01)
+        assert status(journal).delivered == 0
+        task.cancel()
+
+    run_in_new_loop(run_until_committed)
+    again = deliver(journal)
+    assert (again.delivered, again.waiting, again.pending) == (0, 52, 0)
+
+
+def test_a_temporary_journal_stays_where_its_events_wait_for_a_dashboard(tmp_path, home):
+    with EventBus([EvsysLoggerCallback()]) as bus:
+        train(bus, tmp_path / "run")
+    assert bus.receipt.deliveries[0].waiting == 5
+    assert Path(bus.receipt.journal).is_dir()
+    shutil.rmtree(bus.receipt.journal)
+
+
+def test_offline_events_do_not_count_as_delivered(tmp_path, home, monkeypatch):
+    monkeypatch.setenv("EVSYS_OFFLINE", "1")
+    journal = record(tmp_path / "journal")
+    counts = deliver(journal)
+    assert (counts.delivered, counts.waiting, counts.pending) == (0, 52, 0)
+    assert f"evsys-bus replay {journal} --to evsys_logger" in status(journal).fix
+
+
+def test_what_waits_is_delivered_at_the_end_if_a_dashboard_is_there_then(tmp_path, server):
+    with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal", drain_timeout=15) as bus:
+        train(bus, tmp_path / "run", 20)
+        wait_until(lambda: status(tmp_path / "journal").waiting == 22)
+        server.publish_state()
+    [delivery] = bus.receipt.deliveries
+    assert (delivery.delivered, delivery.waiting, delivery.complete) == (22, 0, True)
+    assert has_all(server, tmp_path / "journal")
+
+
+def test_sync_delivers_what_waits_once_there_is_a_dashboard(tmp_path, server):
+    with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal") as bus:
+        train(bus, tmp_path / "run", 20)
+    assert bus.receipt.deliveries[0].waiting == 22
+    server.publish_state()
+    code, out, err = evsys_bus("sync", tmp_path / "journal")
+    assert (code, "sent 22" in out) == (0, True), (out, err)
+    assert (status(tmp_path / "journal").waiting, status(tmp_path / "journal").complete) == (0, True)
+    assert has_all(server, tmp_path / "journal")
 
 
 def test_a_dashboard_that_comes_later_imports_what_it_missed_even_if_nothing_more_is_published(tmp_path, server):
@@ -176,13 +270,14 @@ def test_a_dashboard_that_comes_later_imports_what_it_missed_even_if_nothing_mor
         wait_until(lambda: has_all(server, tmp_path / "journal"))
         wait_until(lambda: status(tmp_path / "journal").state == "idle")
         train(bus, tmp_path / "second", 20)
+    assert bus.receipt.deliveries[0].complete, bus.receipt
     assert has_all(server, tmp_path / "journal")
     assert len(server.imports) == 1
 
 
 def test_a_later_process_lets_the_dashboard_import_what_was_acknowledged_while_there_was_none(tmp_path, server):
     journal = record(tmp_path / "journal")
-    assert deliver(journal).complete
+    assert deliver(journal).waiting == 52
     server.publish_state()
     record(journal, 5)
     assert deliver(journal).complete

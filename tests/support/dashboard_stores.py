@@ -30,8 +30,11 @@ START = 1_000.0
 class Delivery:
     """A process whose events arrive at a store, each a second after the one before."""
 
-    def __init__(self, store: Store, stream: str = "r0-test", rank: int = 0, start: float = START) -> None:
+    def __init__(
+        self, store: Store, stream: str = "r0-test", rank: int = 0, start: float = START, journal: str | None = None
+    ) -> None:
         self.store = store
+        self.journal = journal
         self.stream = stream
         self.rank = rank
         self.time = start
@@ -46,7 +49,7 @@ class Delivery:
             first = seq if first is None else first
             payloads.append(encode(Envelope(self.stream, seq, self.time, event, run or key_of(event), self.rank)))
             self.time += 1
-        return self.store.ingest(self.stream, (first or 1) - 1, payloads)
+        return self.store.ingest(self.stream, (first or 1) - 1, payloads, self.journal)
 
 
 def key_of(event: Event) -> str | None:

@@ -121,3 +121,18 @@ def test_the_receipt_of_a_bus_shows_its_adapters(tmp_path, step_end):
     assert head == "1 failed"
     assert line.startswith("Follower   3 delivered, 1 failed   on_step_end: ValueError: no step 1")
     assert len(repr(bus.receipt)) < 100
+
+
+def test_what_waits_for_its_destination_is_not_delivered_and_names_the_command():
+    waiting = DeliveryStatus(
+        "evsys_logger", recorded=45, waiting=45, state="waiting", error="no dashboard is running", fix="evsys-bus dash"
+    )
+    receipt = Receipt(TaskCounts(), {}, deliveries=(DeliveryStatus("csv", recorded=45, delivered=45), waiting))
+    assert repr(receipt) == "<Receipt: 45 waiting>"
+    assert str(receipt).splitlines() == [
+        "45 waiting",
+        "csv            45 delivered",
+        "evsys_logger   0 delivered, 45 waiting   no dashboard is running   fix: evsys-bus dash",
+    ]
+    assert Table(receipt._repr_html_()).rows[2][:3] == ["evsys_logger", "0", "45"]
+    assert (waiting.complete, waiting.unfinished, waiting.last_error) == (False, False, None)

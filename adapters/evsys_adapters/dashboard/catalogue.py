@@ -263,31 +263,39 @@ class Catalogue:
         run = None if known is None else self.records.run(known)
         if run is None and handle is None and envelope.run is not None:  # of an adapter, which names the run only
             run = self.records.find_in_stream(envelope.stream, envelope.run)
-            run = run or self.records.find_by_key(envelope.run, envelope.time)
+            run = run or self.records.find_by_key(envelope.run, envelope.stream, envelope.time)
         if run is None:
             run = self.records.find_run(_identity(envelope, handle), envelope.time)
             if run.step is None and not run.has_start:
                 run.rank = envelope.rank
             self._routes[key] = run.id
             self._add_context(run, run_context(handle), replace=False)
-            self._add_waiting(run, changes)
+            self._add_waiting(run, envelope.stream, changes)
         return run
 
-    def _add_waiting(self, run: RunRecord, changes: Changes) -> None:
-        """Add the events of adapters that named the run before its own events came."""
-        for time, event in self.details.take_events(0, f"{_WAITING}{run.key}"):
-            tag, parts = str(event["type"]), event["fields"]
-            if tag == "learnt":
-                self._annotate(parts, time, changes)
-            else:
-                self.details.keep_event(run.id, tag, parts, time)
+    def _add_waiting(self, run: RunRecord, stream: str, changes: Changes) -> None:
+        """Add the events of adapters that named the run before its own events came in a stream of their journal."""
+        for name in dict.fromkeys((self._waiting_name(run.key, stream), f"{_WAITING}{run.key}")):
+            for time, event in self.details.take_events(0, name):
+                tag, parts = str(event["type"]), event["fields"]
+                if tag == "learnt":
+                    self._annotate(parts, stream, time, changes)
+                else:
+                    self.details.keep_event(run.id, tag, parts, time)
 
-    def _keep_waiting(self, key: str, tag: str, parts: Mapping[str, Any], time: float) -> None:
-        self.details.keep_event(0, f"{_WAITING}{key}", {"type": tag, "fields": parts}, time)
+    def _keep_waiting(self, key: str, stream: str, tag: str, parts: Mapping[str, Any], time: float) -> None:
+        self.details.keep_event(0, self._waiting_name(key, stream), {"type": tag, "fields": parts}, time)
+
+    def _waiting_name(self, key: str, stream: str) -> str:
+        """Return the name under which events wait for a run of the journal that holds a stream."""
+        journal = self.records.find("journal stream", stream)
+        return f"{_WAITING}{key}" if journal is None else f"{_WAITING}{key} in journal {journal}"
 
     def _is_of_unknown_run(self, envelope: Envelope) -> bool:
         known = self._routes.get((envelope.stream, envelope.run, None))
-        return known is None and self.records.find_by_key(str(envelope.run), envelope.time) is None
+        if known is not None:
+            return False
+        return self.records.find_by_key(str(envelope.run), envelope.stream, envelope.time) is None
 
     def _forget_routes(self, envelope: Envelope) -> None:
         """Have the run identified again: it starts, maybe with another UUID in the same directory."""
@@ -311,13 +319,13 @@ class Catalogue:
         if tag in {"experiment_start", "group_start", "experiment_end"}:
             self._add_to_experiment(tag, parts, envelope, changes)
         elif tag == "learnt":
-            self._annotate(parts, envelope.time, changes)
+            self._annotate(parts, envelope.stream, envelope.time, changes)
         elif tag in _STATUS_EVENTS:
             self._add_status(tag, parts, envelope.time, changes)
         elif handle is None and envelope.run is None:
             self.details.keep_event(0, tag, _without_handles(parts), envelope.time)
         elif handle is None and tag not in self._handlers and self._is_of_unknown_run(envelope):
-            self._keep_waiting(str(envelope.run), tag, _without_handles(parts), envelope.time)
+            self._keep_waiting(str(envelope.run), envelope.stream, tag, _without_handles(parts), envelope.time)
         elif is_of_run or tag in self._handlers:
             return self._add_to_run(tag, parts, handle, envelope, changes)
         else:
@@ -498,11 +506,11 @@ class Catalogue:
         if run.arm is None and isinstance(name, str) and name != run.key:
             run.arm = name[:MAX_NAME_CHARS]
 
-    def _annotate(self, parts: Mapping[str, Any], time: float, changes: Changes) -> None:
+    def _annotate(self, parts: Mapping[str, Any], stream: str, time: float, changes: Changes) -> None:
         key = str(parts.get("run"))
-        run = self.records.find_by_key(key, time)
+        run = self.records.find_by_key(key, stream, time)
         if run is None:
-            self._keep_waiting(key, "learnt", parts, time)
+            self._keep_waiting(key, stream, "learnt", parts, time)
         else:
             run.extras = run.extras | json_fields(parts.get("extras"))
             self.records.touch(run)
@@ -541,6 +549,10 @@ class Catalogue:
                 end_experiment(experiment, parts.get("result"), envelope.time)
         self.records.touch(experiment)
         changes.experiments.add(experiment.id)
+
+    def set_journal(self, stream: str, journal: str) -> None:
+        """Record which journal holds a stream; inside a transaction."""
+        self.records.set_journal(stream, journal)
 
     def call(self, op: str, args: dict[str, Any], time: float, changes: Changes) -> Any:  # what the client gets
         """Carry out a call of a client of the hosted service that changes something; inside a transaction.

@@ -126,7 +126,7 @@ def import_journal(store: Store, path: str | os.PathLike[str], on_progress: Prog
     for journal in journals_of(path):
         before = done
         for batch in read_batches(journal, store.watermark):
-            result = store.ingest(batch.stream, batch.after, batch.payloads)
+            result = store.ingest(batch.stream, batch.after, batch.payloads, str(journal))
             done += len(batch.payloads)
             events += result.events
             points += result.points

@@ -26,6 +26,7 @@ TABLES: Final = [
 ]
 
 Kind = Literal["experiment", "run"]
+_JOURNALS: Final = "SELECT name FROM identity WHERE kind = 'journal' ORDER BY id"
 _MAX_CACHED_RUNS: Final = 5_000
 _MAX_CACHED_NAMES: Final = 100_000
 _STALLED_SECONDS: Final = 60.0
@@ -282,12 +283,41 @@ class Records:
         found = (self.run(int(id_)) for (id_,) in rows)
         return next((run for run in found if run is not None and run.key == key), None)
 
-    def find_by_key(self, key: str, time: float) -> RunRecord | None:
-        """Return the run of this key; of several, that whose newest event is nearest to a time."""
+    def set_journal(self, stream: str, journal: str) -> None:
+        """Record which journal holds a stream."""
+        number = self.find("journal", journal)
+        if number is None:
+            last = self._database.query("SELECT COALESCE(MAX(id), 0) FROM identity WHERE kind = 'journal'")[0][0]
+            number = int(last) + 1
+            self.name("journal", journal, number)
+        self.name("journal stream", stream, number)
+
+    def journals(self) -> list[str]:
+        """Return the paths of all journals whose events have come, in the order in which they came first."""
+        return [str(name) for (name,) in self._database.query(_JOURNALS)]
+
+    def _journals_of(self, run: RunRecord) -> set[int]:
+        """Return the journals, as far as known, of the streams in which a run's own events came."""
+        rows = self._database.query("SELECT name FROM identity WHERE kind = 'run stream' AND id = ?", run.id)
+        found = {self.find("journal stream", str(name).partition("\n")[0]) for (name,) in rows}
+        return {each for each in found if each is not None}
+
+    def find_by_key(self, key: str, stream: str, time: float) -> RunRecord | None:
+        """Return the run of this key whose events are in the same journal as a stream.
+
+        Of several, and where the journal of the stream or of the runs is unknown: that whose newest event is nearest to
+        the time.
+        """
         rows = self._database.query(
             "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
         )
         found = [run for (id_,) in rows if (run := self.run(int(id_))) is not None]
+        journal = self.find("journal stream", stream)
+        if journal is not None:
+            journals = {run.id: self._journals_of(run) for run in found}
+            found = [run for run in found if journal in journals[run.id]] or [
+                run for run in found if not journals[run.id]
+            ]
         return min(found, key=lambda run: abs((run.last or 0.0) - time), default=None)
 
     def find_experiment(self, identity: RunIdentity, time: float) -> ExperimentRecord:

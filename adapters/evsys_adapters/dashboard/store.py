@@ -166,7 +166,9 @@ class Store:
             self._changes = None
             self._failed = self._failed or not completed
 
-    def ingest(self, stream: str, after: int, payloads: Sequence[bytes | memoryview]) -> Ingested:
+    def ingest(
+        self, stream: str, after: int, payloads: Sequence[bytes | memoryview], journal: str | None = None
+    ) -> Ingested:
         """Store encoded envelopes of one stream, in one transaction, or in the one that is open.
 
         Events up to the watermark are skipped. One that cannot be read is counted, and never delivered again.
@@ -175,6 +177,7 @@ class Store:
             stream: The name of the stream.
             after: The sequence number of the event before the first one; it may lie below the watermark.
             payloads: What `evsys_bus.codec.encode` returned, in the order of sequence numbers.
+            journal: Path of the journal that holds the stream; None if unknown.
 
         Raises:
             BehindError: Events before these were not delivered. Nothing has changed, and the store remains usable.
@@ -188,6 +191,8 @@ class Store:
         previous, completed = after, False
         with self.transaction() as outer:
             try:
+                if journal is not None:
+                    self.catalogue.set_journal(stream, journal)
                 for payload in payloads:
                     try:
                         envelope = decode(payload)

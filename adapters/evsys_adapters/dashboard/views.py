@@ -434,7 +434,7 @@ def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now:
     receipt = None
     if run is not None and run_state(run, now) in _ENDED and deliveries:
         receipt = {
-            "complete": not any(each["pending"] or each["owed"] or each["dead"] for each in deliveries),
+            "complete": not any(each[name] for each in deliveries for name in ("pending", "owed", "dead", "waiting")),
             **{name: sum(each[name] for each in deliveries) for name in ("recorded", "delivered", "dead", "pending")},
             "owed": sum(each["owed"] for each in deliveries),
         }

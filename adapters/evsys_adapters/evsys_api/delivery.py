@@ -2,14 +2,18 @@
 
 A dashboard is sent the events as they are (`dashboard`), the hosted service operations of its gateway (`hosted`).
 Events go to the server at ``url``, which tells what it is; to the hosted service's default URL if there is a key and no
-URL; and without both to the running dashboard of this user. While there is none, events are acknowledged, and the
+URL; and without both to the running dashboard of this user. While there is none, events are accepted and wait: the
 dashboard imports them once it is there.
 """
 
+import asyncio
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
+
+import msgspec
 
 from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.dashboard import (
@@ -37,6 +41,14 @@ from evsys_bus.sink import Sink
 __all__ = ["EvsysRun", "EvsysSink"]
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """Events that were accepted without being sent, what they wait for, and the command that sends them."""
+
+    events: int = 0
+    why: str = ""
+    fix: str | None = None
+
+
 class EvsysSink(Sink):
     """Sends events to a dashboard or to EvSys. Its parameters are those of `EvsysLoggerConfig`."""
 
@@ -61,6 +73,8 @@ class EvsysSink(Sink):
         self._delivered: dict[str, int] = {}
         """By stream, the sequence of the last event that was acknowledged, to whatever destination."""
         self._courier_events_due = 0.0
+        self._waiting: Waiting | None = None
+        """What was accepted without being sent, as there was no destination."""
 
     async def open(self) -> None:
         """Check that there is an API key, or that none is needed.
@@ -71,9 +85,7 @@ class EvsysSink(Sink):
         """
         self._offline = is_offline()
         if self._offline:
-            log().info(
-                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it later: evsys-bus replay RUN --to evsys_logger"
-            )
+            log().info("evsys.offline", why="EVSYS_OFFLINE", fix=f"to send it later: {self._replay_command}")
             return
         self.idle_seconds = IDLE_SECONDS
         self._requested_url = server_url(self.config)
@@ -88,7 +100,7 @@ class EvsysSink(Sink):
     async def write(self, batch: Sequence[Envelope]) -> int | None:
         """Send the batch, or as much of it as possible now."""
         if self._offline:
-            self._delivered |= {each.stream: each.seq for each in batch}
+            self._add_waiting(batch, Waiting(fix=self._replay_command, why="EVSYS_OFFLINE is set"))
             return None
         if await self._find_target() == "dashboard":
             return await self._write_to_dashboard(batch)
@@ -105,18 +117,58 @@ class EvsysSink(Sink):
             dashboard = self._open_dashboard()
             if not dashboard.find():
                 if not self._is_missed(dashboard):
-                    self.report_waiting(_NO_DASHBOARD)
+                    self._set_waiting(self._no_dashboard())
                 return
             await dashboard.catch_up()
-            self.report_waiting(None)
+            self._set_waiting(None)
             await dashboard.send_courier_events()
         except NotConnectedError:
             self._forget_target()
         except RetryLaterError as error:
             if error.waiting:
-                self.report_waiting(error.what)
-        importing = self._dashboard is not None and self._dashboard.is_importing
-        self.idle_seconds = IMPORT_POLL_SECONDS if importing else IDLE_SECONDS
+                self._set_waiting(Waiting(self._waiting_events, error.what))
+        self.idle_seconds = IMPORT_POLL_SECONDS if self._is_importing else IDLE_SECONDS
+
+    async def settle_owed(self, deadline: float) -> None:
+        """Let a dashboard that is there by now import the events that wait for one."""
+        while self._waiting_events and time.monotonic() < deadline:
+            await self.on_idle()
+            if not self._is_importing:
+                return
+            await asyncio.sleep(IMPORT_POLL_SECONDS)
+
+    @property
+    def _is_importing(self) -> bool:
+        return self._dashboard is not None and self._dashboard.is_importing
+
+    @property
+    def _waiting_events(self) -> int:
+        return 0 if self._waiting is None else self._waiting.events
+
+    def _add_waiting(self, batch: Sequence[Envelope], waiting: "Waiting") -> None:
+        """Accept a batch without sending it."""
+        self._delivered |= {each.stream: each.seq for each in batch}
+        self._set_waiting(msgspec.structs.replace(waiting, events=self._waiting_events + len(batch)))
+
+    def _set_waiting(self, waiting: "Waiting | None") -> None:
+        """Set what the events wait for that were accepted without being sent; None once they were sent."""
+        self._waiting = waiting
+        if waiting is None:
+            self.report_waiting(None)
+        else:
+            self.report_waiting(waiting.why, waiting.events, waiting.fix)
+
+    def _no_dashboard(self) -> "Waiting":
+        return Waiting(self._waiting_events, "no dashboard is running", f"evsys-bus dash --import {self._run}")
+
+    @property
+    def _run(self) -> str:
+        """The journal, as in a command."""
+        return shlex.quote(getattr(self.evsys_attached, "directory", None) or "RUN")
+
+    @property
+    def _replay_command(self) -> str:
+        return f"evsys-bus replay {self._run} --to {self.name}"
 
     async def _find_target(self) -> Literal["dashboard", "hosted"]:
         """Return where events go; asks the server once per connection.
@@ -148,7 +200,8 @@ class EvsysSink(Sink):
                 delivered=self._delivered,
                 timeout_seconds=self.config.timeout_seconds,
             )
-            self._dashboard.is_import_due = bool(self._stored_dashboard.get("import_due"))
+            # Also what was accepted while EVSYS_OFFLINE was set.
+            self._dashboard.is_import_due = bool(self._stored_dashboard.get("import_due") or self._waiting_events)
             self._dashboard.was_found = bool(self._stored_dashboard.get("found"))
             self._dashboard.database = self._stored_dashboard.get("database")
             self._dashboard.find()
@@ -163,16 +216,15 @@ class EvsysSink(Sink):
                 raise RetryLaterError(
                     "the dashboard was killed; it goes on once `evsys-bus dash` runs again", after_seconds=IDLE_SECONDS
                 )
-            self._delivered |= {each.stream: each.seq for each in batch}
             dashboard.is_import_due = True
-            self.report_waiting(_NO_DASHBOARD)
+            self._add_waiting(batch, self._no_dashboard())
             return None
         try:
             done = await dashboard.write(batch)
         except NotConnectedError:
             self._forget_target()
             raise
-        self.report_waiting(None)
+        self._set_waiting(None)
         now = time.monotonic()
         if now >= self._courier_events_due:
             self._courier_events_due = now + IDLE_SECONDS
@@ -215,6 +267,7 @@ class EvsysSink(Sink):
             **self._hosted.mark(),
             "delivered": dict(self._delivered),
             "dashboard": self._stored_dashboard,
+            "waiting": None if self._waiting is None else msgspec.structs.asdict(self._waiting),
         }
 
     def rewind(self, mark: dict[str, Any]) -> None:
@@ -222,6 +275,9 @@ class EvsysSink(Sink):
         self._stored_url = mark.get("url")
         self._delivered |= mark.get("delivered", {})
         self._stored_dashboard = mark.get("dashboard", {})
+        waiting = mark.get("waiting")
+        if waiting is not None:
+            self._set_waiting(msgspec.convert(waiting, Waiting))
         requested = self._requested_url
         is_same = requested is None or self._stored_url is None or requested == self._stored_url
         if not is_same:
@@ -239,6 +295,3 @@ class EvsysSink(Sink):
 
     def _server_url(self) -> str | None:
         return self._requested_url or self._stored_url
-
-
-_NO_DASHBOARD: Final = "waiting for a dashboard: `evsys-bus dash` starts one"

@@ -51,6 +51,8 @@ PROBLEM_POLL_SECONDS: Final = 1.0
 PERSISTENT_PROBLEM_SECONDS: Final = 10.0
 """A retried error is reported only after this long, because most pass by themselves."""
 _MINUTE: Final = 60
+_TAKEN: Final = ("delivered", "dead", "waiting")
+"""The counts of what an adapter is finished with."""
 RanksByAdapter = Mapping[str, tuple[int, ...] | None]
 """The ranks that each adapter serves; None for all."""
 
@@ -76,8 +78,8 @@ class DeliveryOutcome(msgspec.Struct, frozen=True):
 
     @property
     def events(self) -> int:
-        """Events that were pending at the start or were recorded since."""
-        return self.sent + self.dead + self.after.pending
+        """Events that were pending or waiting at the start, or were recorded since."""
+        return self.sent + self.dead + self.after.pending + self.after.waiting
 
     @property
     def sent(self) -> int:
@@ -161,14 +163,11 @@ class _MonitoredDelivery:
         now = time.monotonic()
         if not status.is_known:
             return status  # the next read may succeed; until then the last known status counts
-        if (status.delivered, status.dead, status.owed) != (
-            self.current.delivered,
-            self.current.dead,
-            self.current.owed,
-        ):
+        counts = [(each.delivered, each.dead, each.owed, each.waiting) for each in (status, self.current)]
+        if counts[0] != counts[1]:
             self.last_progress_at = now
-        self._finished_at = None if status.pending or status.owed else self._finished_at or now
-        taken = status.delivered + status.dead - self._initial.delivered - self._initial.dead
+        self._finished_at = None if status.unfinished else self._finished_at or now
+        taken = sum(getattr(status, name) - getattr(self._initial, name) for name in _TAKEN)
         if self._initial.is_known and taken >= self._initial.pending:
             self._had_first_at = min(self._had_first_at, now)
         self.current = status
@@ -219,6 +218,8 @@ def problem_lines(status: DeliveryStatus, directory: str | Path | None, *, show_
     parts: list[str] = []
     if status.owed:
         parts.append(f"{pluralize(status.owed, 'event')} delivered, but not confirmed by the destination")
+    if status.waiting:
+        parts.append(f"{pluralize(status.waiting, 'event')} waiting")
     if status.error is not None:
         since = (
             ""
@@ -255,6 +256,7 @@ def describe_counts(status: DeliveryStatus) -> list[str]:
         return ["unknown"]
     counts = (
         (status.pending, "pending"),
+        (status.waiting, "waiting"),
         (status.owed, "owed"),
         (status.dead, "dead"),
         (status.hook_failures, "hook failure" if status.hook_failures == 1 else "hook failures"),
@@ -325,6 +327,7 @@ def courier_busy_error(directory: Path, name: str, why: str | None = None) -> Co
 def outcome_lines(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
     """Return the table of outcomes."""
     has_unconfirmed = any(each.before.owed or each.after.owed for each in outcomes)
+    has_waiting = any(each.after.waiting for each in outcomes)
     rows = [
         [
             each.adapter,
@@ -338,6 +341,7 @@ def outcome_lines(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
                 if each.is_known
                 else ("? events", "sent ?", "dead ?", "pending ?")
             ),
+            *([f"waiting {each.after.waiting:,}"] if has_waiting else []),
             *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
             *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
             format_seconds(each.seconds),
@@ -373,6 +377,7 @@ def outcome_json(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
             "task_failures": each.after.task_failures,
             "last_failure": each.after.last_failure,
             "log": each.after.log,
+            "waiting": each.after.waiting,
         }
         for each in outcomes
     ]
@@ -437,7 +442,7 @@ def describe_state(status: DeliveryStatus, ranks: RanksByAdapter) -> str:
         served = ranks.get(status.name)
         return f"served by rank {', '.join(map(str, served))}" if served else "served by another rank"
     if not status.busy:
-        return "not running"
+        return "waiting" if status.waiting and not status.pending else "not running"
     return "delivering" if status.state in {None, "ended", "other_rank"} else str(status.state)
 
 
@@ -453,7 +458,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
         facts["pid"] = each.pid if each.pid and each.busy else None
         facts["lag_seconds"] = _lag_seconds(directory, each) if each.pending else None
         if not each.is_known:
-            facts |= dict.fromkeys(("recorded", "delivered", "dead", "pending", "owed"))
+            facts |= dict.fromkeys(("recorded", "delivered", "dead", "pending", "owed", "waiting"))
         facts["dead_letters"] = find_dead_letter_file(directory, each.name) if each.dead else None
         rows.append({"type": "adapter", **facts})
     return rows
@@ -462,10 +467,11 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
 def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], screen: Screen, width: int | None) -> list[str]:
     """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = load_ranks_by_adapter(directory)
-    has_unconfirmed = any(each.owed for each in statuses)
-    rows = [["adapter", "state", "delivered", *(["owed"] if has_unconfirmed else []), "pending", "dead", "lag"]]
+    optional = [name for name in ("owed", "waiting") if any(getattr(each, name) for each in statuses)]
+    names = ["delivered", *optional, "pending", "dead"]
+    rows = [["adapter", "state", *names, "lag"]]
     for each in statuses:
-        counts = (each.delivered, *((each.owed,) if has_unconfirmed else ()), each.pending, each.dead)
+        counts = [getattr(each, name) for name in names]
         state = describe_state(each, ranks)
         rows.append(
             [

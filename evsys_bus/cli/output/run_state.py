@@ -106,7 +106,7 @@ class DrainStatus:
 
     @property
     def _unfinished(self) -> list[DeliveryStatus]:
-        return [each for each in self._deliveries if each.pending or each.owed or not each.is_known]
+        return [each for each in self._deliveries if each.unfinished]
 
     def _has_remaining(self) -> bool:
         if self._clock() >= self._next_poll:

@@ -43,6 +43,7 @@ T = TypeVar("T")
 PROTOCOL: Final = 1
 """Version of the routes; a client of another version does not send."""
 _MAX_STREAM_BYTES: Final = 1024
+_MAX_PATH_CHARS: Final = 4096
 _MAX_SEQUENCE: Final = 1 << 62
 _GOING_AWAY: Final = 1001
 _POLICY_VIOLATION: Final = 1008
@@ -172,9 +173,10 @@ class DashboardApp:
             raise AnswerError(400, "stream", "`stream` is missing or too long", fix="send ?stream=NAME&after=SEQ")
         if not (after.isascii() and after.isdecimal() and int(after[:20]) < _MAX_SEQUENCE):
             raise AnswerError(400, "after", "`after` is no sequence number", fix="send ?stream=NAME&after=SEQ")
+        journal: str | None = request.query_params.get("journal", "")[:_MAX_PATH_CHARS] or None
         async with self._bodies.read_envelopes(request) as payloads:
             self._last_ingest = time.monotonic()
-            totals = await self._ingester.ingest(stream, int(after), payloads)
+            totals = await self._ingester.ingest(stream, int(after), payloads, journal)
         answer = {**totals._asdict(), "store": await self._store.call(lambda store: store.id)}
         if not totals.unreadable:
             del answer["unreadable"]

@@ -111,7 +111,7 @@ class JournalImports:
             before = each.events
             while (batch := await anyio.to_thread.run_sync(next, batches, None)) is not None:
                 each.of = max(before + batch.total, each.events + len(batch.payloads))
-                await self._ingester.ingest(batch.stream, batch.after, batch.payloads)
+                await self._ingester.ingest(batch.stream, batch.after, batch.payloads, str(journal))
                 each.events += len(batch.payloads)
 
     def _watermark(self, stream: str) -> int:

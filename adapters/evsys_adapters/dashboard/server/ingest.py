@@ -36,6 +36,7 @@ class _Slice(NamedTuple):
     stream: str
     after: int
     payloads: Sequence[bytes]
+    journal: str | None
     applied: "asyncio.Future[_Result]"
 
     @property
@@ -59,13 +60,14 @@ class Ingester:
         self._turn: Final = asyncio.Lock()
         """Held by the caller that applies a group, so that at most one waits for the store's thread."""
 
-    async def ingest(self, stream: str, after: int, payloads: Sequence[bytes]) -> Totals:
+    async def ingest(self, stream: str, after: int, payloads: Sequence[bytes], journal: str | None = None) -> Totals:
         """Store the events of a body. Events that the store has already change nothing.
 
         Args:
             stream: Their stream.
             after: The last sequence number before them that the client believes to be stored.
             payloads: Encoded envelopes in the order of their sequence numbers.
+            journal: Path of the journal that holds the stream; None if unknown.
 
         Raises:
             AnswerError: The store lacks earlier events (409), or cannot be used now (503). Slices before that are
@@ -77,7 +79,7 @@ class Ingester:
         events = points = unreadable = 0
         async with lock:
             for part in slices(payloads):
-                applied = await self._apply(stream, after, part)
+                applied = await self._apply(stream, after, part, journal)
                 after = applied.sequence
                 events += applied.events
                 points += applied.points
@@ -86,8 +88,8 @@ class Ingester:
             log().warning("dashboard.events_unreadable", stream=stream, events=unreadable, fix=_UPDATE)
         return Totals(after, events, points, unreadable)
 
-    async def _apply(self, stream: str, after: int, payloads: Sequence[bytes]) -> Ingested:
-        part = _Slice(stream, after, payloads, asyncio.get_running_loop().create_future())
+    async def _apply(self, stream: str, after: int, payloads: Sequence[bytes], journal: str | None) -> Ingested:
+        part = _Slice(stream, after, payloads, journal, asyncio.get_running_loop().create_future())
         self._waiting.append(part)
         while not part.applied.done():
             async with self._turn:  # whoever comes first applies the slices of the others too
@@ -151,7 +153,7 @@ def _ingest_group(store: Store, group: Sequence[_Slice]) -> list[Ingested | Behi
     with store.transaction():
         for part in group:
             try:
-                results.append(store.ingest(part.stream, part.after, part.payloads))
+                results.append(store.ingest(part.stream, part.after, part.payloads, part.journal))
             except BehindError as error:
                 results.append(error)
     return results
