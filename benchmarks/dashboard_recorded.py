@@ -51,19 +51,19 @@ WINNER: Final = "long-warmup"
 SEEDS: Final = 4
 TASKS: Final = {"gsm8k": 160, "mbpp": 90}
 """Its benchmarks, and how many tasks they have."""
-STEPS: Final = 2_000
-SPIKED, SPIKE_AT = ("lr-1e-3", 2), 840
-FAILED, FAILED_AT = ("lion", 3), 1_307
-RUNNING, RUNNING_AT = ("long-warmup", 3), 1_640
+STEPS: Final = 1_000
+SPIKED, SPIKE_AT = ("lr-1e-3", 2), 420
+FAILED, FAILED_AT = ("lion", 3), 653
+RUNNING, RUNNING_AT = ("long-warmup", 3), 820
 BEST: Final = ("long-warmup", 1)
 """The run with the best checkpoint: its third one, after which it overfits."""
-BEST_STEP: Final = 1_499
+BEST_STEP: Final = 749
 ERROR: Final = "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB (GPU 0; 79.15 GiB total)"
 UNDELIVERED: Final = "wandb_logger"
 UNDELIVERED_ERROR: Final = "the server answers 401: the key is not valid"
 HOSTILE: Final = "<img src=x onerror=\"document.title='broken in'\">"
 
-_STEP_SECONDS: Final = 30.0
+_STEP_SECONDS: Final = 60.0
 _BATCH: Final = 2_000
 _TRACEBACK: Final = (
     'Traceback (most recent call last):\n  File "train.py", line 212, in step\n    loss = model(batch)\n'
@@ -301,7 +301,7 @@ def questions(store: Store, now: float | None = None) -> None:
     hooks: list[dict[str, Any]] = [
         {"callback": "local_logger", "hook": "on_step_end", "calls": calls, "failures": 0, "blocked": 0}
         | {"mean_seconds": 0.000_018, "max_seconds": 0.0041},
-        {"callback": "early_stopping", "hook": "on_eval", "calls": calls // 100, "failures": 0, "blocked": 0}
+        {"callback": "early_stopping", "hook": "on_eval", "calls": calls // 50, "failures": 0, "blocked": 0}
         | {"mean_seconds": 0.0021, "max_seconds": 0.012},
     ]
     couriers.append((now - 5, HookTimes(recorder.journal, 0, hooks)))
@@ -327,12 +327,12 @@ def _asked_run(arm: str, seed: int, ctx: LogContext, began: float) -> Iterator[T
             "tokens_per_second": 4e5 - 9e3 * seed,
         }
         yield at, StepEnd(state, step, metrics=row)
-        if step % 100 == 99:  # noqa: PLR2004 # twenty times
-            overfits = 0.04 * max(0, step - BEST_STEP) / 500 if (arm, seed) == BEST else 0.0
+        if step % 50 == 49:  # noqa: PLR2004 # twenty times
+            overfits = 0.04 * max(0, step - BEST_STEP) / 250 if (arm, seed) == BEST else 0.0
             part = min(1.0, (step + 1) / (BEST_STEP + 1) if (arm, seed) == BEST else (step + 1) / STEPS)
             solved = quality * (0.6 + 0.4 * part) - overfits + 0.01 * math.sin(step + seed)
             yield at, Eval(state, step, "val", {"accuracy": solved, "loss": 1.1 * loss})
-        if step % 500 == 499:  # noqa: PLR2004 # four times
+        if step % 250 == 249:  # noqa: PLR2004 # four times
             name = f"step-{step}"
             yield at, Checkpoint(state, ManifestRow(name, step, state_path=f"{ctx.run_dir}/checkpoints/{name}"))
             if step < last - 1:
