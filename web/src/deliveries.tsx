@@ -1,6 +1,6 @@
 // What couriers have reported of a journal: how far each adapter is, its error with the fix, and the time of hooks.
-import { count, duration, number, shortened } from "./format";
-import { Age } from "./parts";
+import { count, counted, duration, number, shortened } from "./format";
+import { Age, StateWord } from "./parts";
 
 export interface Delivery {
   adapter: string;
@@ -44,11 +44,8 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
   return (
     <>
       {receipt && (
-        <p class={`receipt state ${receipt.complete ? "completed" : "stalled"}`}>
-          <span class="sign" aria-hidden="true">
-            {receipt.complete ? "\u2713" : "!"}
-          </span>
-          receipt: {deliveries.map(arrivedText).join("; ")}
+        <p class="receipt">
+          <StateWord state={receipt.complete ? "completed" : "stalled"}>receipt: {deliveries.map(arrivedText).join("; ")}</StateWord>
         </p>
       )}
       {deliveries.length > 0 && (
@@ -86,13 +83,12 @@ function arrivedText(row: Delivery): string {
     row.owed && `${count(row.owed)} not confirmed`,
     row.dead && `${count(row.dead)} rejected`,
   ].filter(Boolean);
-  const all = `${count(row.recorded)} event${row.recorded === 1 ? "" : "s"}`;
+  const all = counted(row.recorded, "event");
   return `${shortened(row.adapter, 80)} ${missing.length ? `lacks some of ${all}: ${missing.join(", ")}` : `has all ${all}`}`;
 }
 
 function DeliveryRow({ row }: { row: Delivery }) {
   const isBroken = row.last_error !== null || row.dead > 0;
-  const sign = isBroken ? "\u2715" : row.pending ? "\u25b6" : "\u2713";
   return (
     <>
       <tr>
@@ -100,12 +96,7 @@ function DeliveryRow({ row }: { row: Delivery }) {
           <b>{shortened(row.adapter, 80)}</b>
         </td>
         <td>
-          <span class={`state ${isBroken ? "failed" : row.pending ? "running" : "completed"}`}>
-            <span class="sign" aria-hidden="true">
-              {sign}
-            </span>
-            {(row.state ?? "unknown").replaceAll("_", " ")}
-          </span>
+          <StateWord state={isBroken ? "failed" : row.pending ? "running" : "completed"}>{(row.state ?? "unknown").replaceAll("_", " ")}</StateWord>
         </td>
         <td class="num">{count(row.recorded)}</td>
         <td class="num">{count(row.delivered)}</td>

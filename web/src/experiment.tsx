@@ -1,49 +1,29 @@
 // One experiment: which arm wins, is anything broken, and the curves.
-import { useEffect, useMemo } from "preact/hooks";
-import { type Signal, useSignal } from "@preact/signals";
-import { getJson } from "./api";
+import { useMemo } from "preact/hooks";
 import { ArmTable } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { count, counted, duration, shortened, valueText, withDeviation } from "./format";
+import { useFollowed } from "./followed";
 import { ExperimentNav } from "./further";
-import { subscribe } from "./live";
-import { Age, Failure, Progress, StateWord, useLoaded } from "./parts";
+import { Age, Alerts, Failure, Loading, Progress, Prose, StateWord, useTitle } from "./parts";
 import type { Experiment, Run } from "./types";
-import { paused } from "./view";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
-  const experiment = useSignal<Experiment | null>(null);
-  const loads = useSignal(0);
-  const isPaused = paused.value;
-  const url = `/api/experiments/${encodeURIComponent(id)}`;
-  const error = useLoaded(async (abort) => {
-    experiment.value = await getJson<Experiment>(url, abort);
-  }, `${isPaused} ${loads.value}`);
-  const isLoaded = experiment.value !== null;
-  useEffect(() => {
-    if (!isLoaded || isPaused) return;
-    return subscribe(`e/${id}`, experiment.peek()!.frame ?? null, ({ header }) => {
-      if (header.kind === "data") experiment.value = { ...experiment.peek()!, ...header.experiment };
-      else loads.value++;
-    });
-  }, [isLoaded, isPaused]);
-  const name = experiment.value?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
-
-  if (!experiment.value) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  const [experiment, error] = useFollowed<Experiment>(`/api/experiments/${encodeURIComponent(id)}`, () => `e/${id}`, {
+    update: (shown, { experiment }) => ({ ...shown, ...experiment }),
+  });
+  useTitle(experiment?.name);
+  if (!experiment) return <Loading error={error} />;
   return (
     <main>
-      {error ? <Failure error={error} /> : null}
-      <Shown experiment={experiment as Signal<Experiment>} onlyMetrics={onlyMetrics} />
+      <Failure error={error} />
+      <Shown experiment={experiment} onlyMetrics={onlyMetrics} />
     </main>
   );
 }
 
-function Shown({ experiment, onlyMetrics }: { experiment: Signal<Experiment>; onlyMetrics: boolean }) {
-  const shown = experiment.value;
+function Shown({ experiment: shown, onlyMetrics }: { experiment: Experiment; onlyMetrics: boolean }) {
   const names = shown.arms.map((arm) => arm.name).join("\0");
   const slots = useMemo(() => slotsOf(names.split("\0")), [names]);
   return (
@@ -94,15 +74,6 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
         </>
       )}
     </section>
-  );
-}
-
-function Prose({ label, text }: { label: string; text: string | null }) {
-  if (!text) return null;
-  return (
-    <p class="prose">
-      <span class="label">{label}</span> {shortened(text)}
-    </p>
   );
 }
 
@@ -170,14 +141,13 @@ function groupedByError(runs: Run[]): Run[][] {
 
 function Problems({ experiment }: { experiment: Experiment }) {
   const groups = groupedByError(experiment.runs);
-  const alerts = [...experiment.alerts].sort((a, b) => (b.time ?? 0) - (a.time ?? 0));
-  if (!groups.length && !alerts.length && !experiment.error) return null;
+  if (!groups.length && !experiment.alerts.length && !experiment.error) return null;
   return (
     <section class="problems" aria-label="what is broken">
       {experiment.error && !groups.some(([run]) => run!.error === experiment.error) && (
         <details>
           <summary>
-            <span class="state failed">experiment</span> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
+            <StateWord state="failed">experiment</StateWord> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
           </summary>
           <pre>{shortened(experiment.error, 20_000)}</pre>
         </details>
@@ -186,21 +156,7 @@ function Problems({ experiment }: { experiment: Experiment }) {
         <ProblemRuns key={runs[0]!.id} runs={runs} />
       ))}
       {groups.length > MOST_PROBLEMS && <p class="muted">and {groups.length - MOST_PROBLEMS} other errors</p>}
-      {alerts.slice(0, MOST_ALERTS).map((alert, i) => (
-        <p class="alert" key={i}>
-          <span class="state stalled">
-            <span class="sign" aria-hidden="true">
-              !
-            </span>
-            {alert.level ?? "alert"}
-          </span>{" "}
-          <b>{shortened(alert.title, 200)}</b> {alert.text && shortened(alert.text, 300)}{" "}
-          <span class="muted">
-            <Age since={alert.time} suffix=" ago" />
-          </span>
-        </p>
-      ))}
-      {alerts.length > MOST_ALERTS && <p class="muted">and {counted(alerts.length - MOST_ALERTS, "earlier alert")}</p>}
+      <Alerts alerts={experiment.alerts} most={MOST_ALERTS} />
     </section>
   );
 }
