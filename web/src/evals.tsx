@@ -110,7 +110,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
             {evals.arms.map((arm) => (
               <th key={arm} class="num" title={shortened(arm, 300)}>
                 <Swatch slot={slots.get(arm) ?? 0} /> <span class="text">{shortened(arm, 60)}</span>
-                {arm === evals.baseline && <span class="mark">baseline</span>}
+                {evals.arms.length > 1 && arm === evals.baseline && <span class="mark">baseline</span>}
               </th>
             ))}
           </tr>
