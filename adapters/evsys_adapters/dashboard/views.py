@@ -484,7 +484,7 @@ def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now:
             **{name: sum(each[name] for each in deliveries) for name in ("recorded", "delivered", "dead", "pending")},
             "owed": sum(each["owed"] for each in deliveries),
         }
-    return {"deliveries": deliveries, "hooks": hooks, "receipt": receipt}
+    return {"deliveries": deliveries, "hooks": hooks, "receipt": receipt, "step_seconds": _step_seconds(run, now)}
 
 
 def _delivery_row(status: JournalStatus) -> Json:
@@ -506,10 +506,16 @@ def _delivery_row(status: JournalStatus) -> Json:
     }
 
 
+def _step_seconds(run: RunRecord | None, now: float) -> float | None:
+    """Return how long a step of the run takes on average, with all that happens between steps."""
+    seconds = None if run is None else _seconds(run, now)
+    return None if run is None or run.step is None or not seconds else seconds / (run.step + 1)
+
+
 def _per_step(hook: Mapping[str, Any], run: RunRecord | None) -> float | None:
     """Return the seconds that a hook takes of each step of the run."""
     calls, mean = hook.get("calls"), hook.get("mean_seconds")
-    if run is None or not run.step or not isinstance(calls, int) or not isinstance(mean, int | float):
+    if run is None or run.step is None or not isinstance(calls, int) or not isinstance(mean, int | float):
         return None
     return calls * mean / (run.step + 1)
 
