@@ -10,7 +10,8 @@ from benchmarks.dashboard_recorded import BEST, FAILED, QUESTIONS, SEEDS, TASKS,
 from evsys_adapters.dashboard import eval_views, pages, views
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.store import Store
-from support.dashboard_stores import open_store
+from evsys_bus.adapter import DeliveryChanged
+from support.dashboard_stores import Delivery, open_store
 
 SCORE = "gsm8k/accuracy"
 
@@ -106,3 +107,31 @@ def test_metrics_with_numbers_in_their_names_are_in_the_order_of_the_numbers(tmp
         names = [each for each in names if each.startswith("expert/bias")]
         assert names == [f"expert/bias_{n}" for n in range(len(names))]
         assert len(names) > SEEDS
+
+
+def test_hooks_and_deliveries_of_an_experiments_journal_are_those_of_its_runs(store: Store, page: Json) -> None:
+    [journal] = views.health(store)["journals"]
+    steps = sum(run["step"] + 1 for run in page["runs"])
+    assert [hook["per_step"] for hook in journal["hooks"]] == [
+        pytest.approx(hook["calls"] * hook["mean_seconds"] / steps) for hook in journal["hooks"]
+    ]
+    assert journal["step_seconds"] == pytest.approx(60, rel=0.02)
+    assert (journal["receipt"], journal["experiment"]["name"]) == (None, QUESTIONS)  # a run goes on
+    of_run = views.run(store, run_of(page, *FAILED))
+    assert of_run["journal"] == journal["journal"]
+    assert [of_run[name] for name in ("deliveries", "hooks", "receipt")] == [
+        journal[name] for name in ("deliveries", "hooks", "receipt")
+    ]
+
+
+def test_an_experiment_that_has_ended_has_a_receipt_of_its_journal(tmp_path: Path) -> None:
+    with closing(open_store(tmp_path)) as store:
+        simple(store, "done", 1, 2, steps=80)
+        experiment = page_of(store)
+        journal = "/runs/done/journal"
+        status = {"name": "wandb_logger", "recorded": 9, "delivered": 7, "pending": 2}
+        Delivery(store, "c0-done").send(DeliveryChanged("wandb_logger", journal, status))
+        [found] = views.health(store)["journals"]
+        assert (found["receipt"]["complete"], found["receipt"]["pending"]) == (False, 2)
+        of_run = views.run(store, experiment["runs"][0]["id"])
+        assert (of_run["journal"], of_run["receipt"]) == (journal, found["receipt"])

@@ -2,7 +2,6 @@
 
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress
 from typing import Any, Final
 
 import msgspec
@@ -155,7 +154,7 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
     rows.sort(key=lambda row: -row["time"])
     has_values = [any(row["values"][place] is not None for row in rows) for place in range(len(shown))]
     for row in rows:
-        row["values"] = list(compress(row["values"], has_values))
+        row["values"] = [value for value, has_value in zip(row["values"], has_values, strict=True) if has_value]
     return {
         "id": record.public,
         "name": record.name,
@@ -163,7 +162,9 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
         "now": clock.time() if now is None else now,
         "arms": shown_arms(record, runs),
         "shown": [
-            {"name": each["name"], "direction": each["direction"]} for each in compress(page["headlines"], has_values)
+            {"name": each["name"], "direction": each["direction"]}
+            for each, has_value in zip(page["headlines"], has_values, strict=True)
+            if has_value
         ],
         "total": len(rows),
         "rows": rows[:_MAX_CHECKPOINTS],

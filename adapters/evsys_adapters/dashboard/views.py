@@ -206,12 +206,18 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     values = RunValues(record, store.series.names(record.id))
     evals = catalogue.evals.of_run(record.id)
     contents = catalogue.details.contents(record.id)
-    journal = _journal_of(record.path)
-    statuses = catalogue.details.statuses([] if journal is None else [journal])
+    runs = catalogue.records.runs(experiment.id)
+    journal, statuses, recorded = None, list[JournalStatus](), list[RunRecord]()
+    for folder, each in ((record.path, [record]), (experiment.path, runs)):  # that of the run, or of its experiment
+        journal = _journal_of(folder)
+        statuses = catalogue.details.statuses([] if journal is None else [journal])
+        if statuses:
+            recorded = each
+            break
     uploads = uploads_of(store, [record])
     return {
         **_run_head(record, experiment, now),
-        "arms": shown_arms(experiment, catalogue.records.runs(experiment.id)),
+        "arms": shown_arms(experiment, runs),
         "rank": record.rank,
         "group": record.group,
         "stop_reason": record.stop_reason,
@@ -244,7 +250,8 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             for each in contents[-_MAX_CONTENTS:]
         ],
         "events": catalogue.details.event_counts(record.id),
-        **_journal_rows(statuses, record, now),
+        "journal": journal if statuses else None,
+        **_journal_rows(statuses, recorded, now),
     }
 
 
@@ -316,7 +323,7 @@ def health(store: Store, now: float | None = None) -> Json:
                 "experiment": None if experiment is None else {"id": experiment.public, "name": experiment.name},
                 "state": None if record is None else run_state(record, now),
                 "time": max(each.time for each in statuses),
-                **_journal_rows(statuses, record, now),
+                **_journal_rows(statuses, _runs_of(store, record, experiment), now),
             }
         )
     journals.sort(key=lambda each: (not any(row["last_error"] or row["dead"] for row in each["deliveries"]),))
@@ -466,8 +473,23 @@ def _journal_of(path: str | None) -> str | None:
     return None if not path else f"{path.rstrip('/')}/{JOURNAL}"
 
 
-def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now: float) -> Json:
-    """Return the deliveries of a journal, the times of its hooks, and whether all of a finished run has arrived."""
+def _runs_of(store: Store, run: RunRecord | None, experiment: ExperimentRecord | None) -> Sequence[RunRecord]:
+    """Return the runs that a journal is of."""
+    if run is not None:
+        return [run]
+    return [] if experiment is None else store.catalogue.records.runs(experiment.id)
+
+
+def _journal_rows(statuses: Sequence[JournalStatus], runs: Sequence[RunRecord], now: float) -> Json:
+    """Return the deliveries of a journal, the times of its hooks, and whether all of it has arrived once it is ended.
+
+    Args:
+        statuses: What couriers have reported of it.
+        runs: Those that are recorded in it.
+        now: The time by which runs count as stalled.
+    """
+    steps = sum(run.step + 1 for run in runs if run.step is not None)
+    seconds = sum(_seconds(run, now) or 0.0 for run in runs if run.step is not None)
     deliveries: list[Json] = []
     hooks: list[Json] = []
     for each in statuses:
@@ -475,16 +497,21 @@ def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now:
             deliveries.append(_delivery_row(each))
         else:
             found = map(fields, list_or_empty(each.body))
-            hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, run)} for hook in found]
+            hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, steps)} for hook in found]
     hooks.sort(key=lambda each: -(each["per_step"] or 0.0))
     receipt = None
-    if run is not None and run_state(run, now) in _ENDED and deliveries:
+    if runs and deliveries and all(run_state(run, now) in _ENDED for run in runs):
         receipt = {
             "complete": not any(each["pending"] or each["owed"] or each["dead"] for each in deliveries),
             **{name: sum(each[name] for each in deliveries) for name in ("recorded", "delivered", "dead", "pending")},
             "owed": sum(each["owed"] for each in deliveries),
         }
-    return {"deliveries": deliveries, "hooks": hooks, "receipt": receipt, "step_seconds": _step_seconds(run, now)}
+    return {
+        "deliveries": deliveries,
+        "hooks": hooks,
+        "receipt": receipt,
+        "step_seconds": seconds / steps if steps and seconds else None,
+    }
 
 
 def _delivery_row(status: JournalStatus) -> Json:
@@ -506,18 +533,12 @@ def _delivery_row(status: JournalStatus) -> Json:
     }
 
 
-def _step_seconds(run: RunRecord | None, now: float) -> float | None:
-    """Return how long a step of the run takes on average, with all that happens between steps."""
-    seconds = None if run is None else _seconds(run, now)
-    return None if run is None or run.step is None or not seconds else seconds / (run.step + 1)
-
-
-def _per_step(hook: Mapping[str, Any], run: RunRecord | None) -> float | None:
-    """Return the seconds that a hook takes of each step of the run."""
+def _per_step(hook: Mapping[str, Any], steps: int) -> float | None:
+    """Return the seconds that a hook takes of each step."""
     calls, mean = hook.get("calls"), hook.get("mean_seconds")
-    if run is None or run.step is None or not isinstance(calls, int) or not isinstance(mean, int | float):
+    if not steps or not isinstance(calls, int) or not isinstance(mean, int | float):
         return None
-    return calls * mean / (run.step + 1)
+    return calls * mean / steps
 
 
 def _short(values: Mapping[str, Any]) -> Json:
