@@ -53,6 +53,9 @@ _HAS_ROWS: Final = "document.querySelector('tbody tr')"
 _NS: Final = 1_000_000
 """Nanoseconds of a millisecond."""
 
+_IDLE_SECONDS: Final = 60
+"""Longer than pings and refreshes are apart; in a few seconds there would be none."""
+
 
 class _Plan(NamedTuple):
     """How much is measured."""
@@ -63,7 +66,6 @@ class _Plan(NamedTuple):
     reads: int
     live_seconds: float
     catch_up_points: int
-    idle_seconds: float
     predictions: int
     screens: int
     """Of the page with 1,000 metrics."""
@@ -91,9 +93,9 @@ class DashboardSuite:
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure one part after another."""
         if budget.rounds <= _QUICK_ROUNDS:
-            plan = _Plan(self.points or QUICK_POINTS, 2, 3, 3, 150_000, 3, 100_000, 8)
+            plan = _Plan(self.points or QUICK_POINTS, 2, 3, 3, 150_000, 100_000, 8)
         else:
-            plan = _Plan(self.points or POINTS, 9, 15, 15, 1_000_000, 60, 1_000_000, 80)
+            plan = _Plan(self.points or POINTS, 9, 15, 15, 1_000_000, 1_000_000, 80)
         before = os.getloadavg()[0]
         tables: list[Table] = []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -238,7 +240,7 @@ def _measure_pages(url: str, folder: Path, plan: _Plan, open_browser: OpenBrowse
     with open_browser() as browser:
         yield _measure_drawing(browser, f"{url}/e/{large}/metrics", token, plan)
         yield from _measure_many(browser, f"{url}/e/{many}/metrics{token}", plan)
-    yield _measure_idle(url, large, token, plan, open_browser)
+    yield _measure_idle(url, large, token, open_browser)
     yield from _measure_live(url, token, plan, open_browser)
 
 
@@ -347,20 +349,20 @@ def _measure_many(browser: Browser, page: str, plan: _Plan) -> Iterator[Table]:
     )
 
 
-def _measure_idle(url: str, experiment: str, token: str, plan: _Plan, open_browser: OpenBrowser) -> Table:
+def _measure_idle(url: str, experiment: str, token: str, open_browser: OpenBrowser) -> Table:
     with Relay(url) as home, Relay(url) as page, open_browser() as ours, open_browser(_HAS_ROWS) as list_of_all:
         list_of_all.load(f"{home.url}/{token}")
         ours.load(f"{page.url}/e/{experiment}{token}", settle_seconds=1)
         before = home.bytes, page.bytes
-        ours.page.wait_for_timeout(1_000 * plan.idle_seconds)
-        per_minute = 60 / plan.idle_seconds / 1_000
+        ours.page.wait_for_timeout(1_000 * _IDLE_SECONDS)
+        per_minute = 60 / _IDLE_SECONDS / 1_000
         found = {HOME: (home.bytes - before[0]) * per_minute, OURS: (page.bytes - before[1]) * per_minute}
     return Table(
-        title=f"bytes on the wire while nothing happens, over {plan.idle_seconds:g} s",
+        title=f"bytes on the wire while nothing happens, over {_IDLE_SECONDS} s",
         unit="kB/min",
         rows=[_row(name, value) for name, value in found.items()],
         target_results=[
-            TargetResult(f"{name} at rest for {plan.idle_seconds:g} s: less than 2 kB/min", value, value < 2, "kB/min")  # noqa: PLR2004
+            TargetResult(f"{name} at rest for {_IDLE_SECONDS} s: less than 2 kB/min", value, value < 2, "kB/min")  # noqa: PLR2004
             for name, value in found.items()
         ],
     )

@@ -370,6 +370,15 @@ def test_numbers_are_rounded_to_their_deviation() -> None:
     ]
 
 
+def test_a_short_time_and_a_small_share_never_read_as_nothing() -> None:
+    assert computed("format.ts", "[90, 1.234, 3.44e-3, 2.2e-4, 1.2e-5, 4e-7, 0].map(m.shortTime)") == [
+        *("1 min", "1.2 s", "3.4 ms", "220 µs", "12 µs", "400 ns", "0")
+    ]
+    assert computed("format.ts", "[0.251, 0.0031, 1.6e-4, 1e-7, 0].map(m.share)") == [
+        *("25 %", "0.31 %", "0.016 %", "less than 0.001 %", "0 %")
+    ]
+
+
 def test_a_live_update_replaces_its_buckets_and_no_other() -> None:
     code = """(() => {
         const chart = (total, x, mean) => {

@@ -1,6 +1,7 @@
 """The pages beside home and experiment: what they read of a store, and how they look in a browser."""
 
 import math
+import re
 import urllib.error
 from collections.abc import Iterator
 from contextlib import closing
@@ -183,6 +184,7 @@ def test_a_delivery_that_fails_shows_its_error_and_the_fix_on_the_page_of_its_ru
     assert (broken["pending"], broken["last_error"], broken["suggested_fix"]) == (22, DELIVERY_ERROR, DELIVERY_FIX)
     assert run["receipt"] == {"complete": False, "recorded": 104, "delivered": 82, "dead": 0, "pending": 22, "owed": 0}
     assert run["hooks"][0]["per_step"] == pytest.approx(0.0002)
+    assert run["step_seconds"] == pytest.approx(run["seconds"] / QUIZ_STEPS)
     whole = views.run(store, run_id(store, "with hints-s0"))
     assert whole["receipt"]["complete"]
 
@@ -204,6 +206,8 @@ def test_the_page_of_health_is_for_browsers_and_programs_get_the_service_there(t
     assert DELIVERY_ERROR in tab.text(".journal.bad")
     assert f"fix {DELIVERY_FIX}" in tab.text(".journal.bad")
     assert "database" in tab.text(".facts")
+    assert re.search(r"hooks take 220 µs of each step: 0\.0\d+ % of its time", tab.text(".hooks summary"))
+    tab.until("/arriving 0 \\/ s, over \\d+ s/.test(document.querySelector('.facts').innerText)")
     assert tab.complaints == []
     assert server.request("/health")["service"] == "evsys-bus-dashboard"
 

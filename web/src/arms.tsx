@@ -71,10 +71,12 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
   const own = arm.runs.flatMap((id) => runs.get(id) ?? []);
   const done = own.filter((run) => run.state === "completed" || run.state === "stopped").length;
   const broken = own.filter((run) => run.state === "failed" || run.state === "stalled").length;
-  const isBaseline = experiment.baseline === arm.name;
+  const isCompared = experiment.arms.length > 1;
+  const isWinner = isCompared && arm.winner;
+  const isBaseline = isCompared && experiment.baseline === arm.name;
   return (
     <tr
-      class={`arm${arm.winner ? " winner" : ""}`}
+      class={`arm${isWinner ? " winner" : ""}`}
       onMouseEnter={() => (highlightedArm.value = arm.name)}
       onMouseLeave={() => (highlightedArm.value = null)}
     >
@@ -90,7 +92,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
           <Swatch slot={slot} />
           <span class="text">{shortened(arm.name, 200) || "(no name)"}</span>
         </button>
-        {arm.winner && <span class="mark best">{"\u2605 best"}</span>}
+        {isWinner && <span class="mark best">{"\u2605 best"}</span>}
         {isBaseline && <span class="mark">baseline</span>}
       </td>
       <td class="seeds">
@@ -109,7 +111,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
                 <>
                   <b>{withDeviation(value.mean, value.sd)}</b>
                   {!isBaseline && value.delta !== null && (
-                    <span class="delta" title="difference to the baseline">
+                    <span class="delta" title="difference to the baseline, and its standard error">
                       {withDeviation(value.delta, value.delta_sd, true)}
                     </span>
                   )}

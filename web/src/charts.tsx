@@ -7,6 +7,7 @@ import { canvasColours } from "./colours";
 import { merged } from "./curves";
 import { count, csv, number, shortened } from "./format";
 import { connection, subscribe } from "./live";
+import { Search } from "./parts";
 import { Plot } from "./plot";
 import type { Chart, Metric } from "./types";
 import * as view from "./view";
@@ -114,13 +115,7 @@ function Toolbar({ found, of, error, hasArms }: { found: number; of: number; err
   ];
   return (
     <div class="tools">
-      <input
-        type="search"
-        placeholder="filter metrics: regex  ( / )"
-        aria-label="filter metrics"
-        value={view.filter.value}
-        onInput={(event) => (view.filter.value = event.currentTarget.value)}
-      />
+      <Search label="filter metrics" hint="filter metrics: regex  ( / )" />
       {cycles.slice(hasArms ? 0 : 1).map(([label, value, key, next]) => (
         <button key={label} title={`next choice ( ${key} )`} onClick={next}>
           <span class="muted">{label}</span> {value}

@@ -1,14 +1,14 @@
 // The checkpoints of an experiment: run, step, metrics at that step, size, where stored, state of the upload.
-import { useEffect, useMemo } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, counted, number, shortened } from "./format";
-import { ExperimentNav, type PageProps } from "./further";
-import { Age, Failure, Link, StateWord } from "./parts";
+import { ExperimentHead, type PageProps } from "./further";
+import { Age, Failure, Link, Loading, Search, StateWord, useTitle } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
 import type { Direction, State } from "./types";
-import { filter } from "./view";
+import { hasFilterWords } from "./view";
 
 interface Row {
   name: string;
@@ -38,45 +38,26 @@ interface Checkpoints extends Answer {
   rows: Row[];
 }
 
-const UPLOADS = { uploading: ["\u25b6", "running"], uploaded: ["\u2713", "completed"], conflict: ["\u2715", "failed"], removed: ["\u2298", "cancelled"] } as const;
+const UPLOADS = { uploading: "running", uploaded: "completed", conflict: "failed", removed: "cancelled" } as const;
 
 export function CheckpointsPage({ id }: PageProps) {
   const [found, error] = useFollowed<Checkpoints>(`/api/experiments/${encodeURIComponent(id)}/checkpoints`, () => `e/${id}`);
-  const name = found?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `checkpoints \u00b7 ${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
+  useTitle("checkpoints", found?.name);
   const slots = useMemo(() => slotsOf(found?.arms ?? []), [found?.arms.join("\0")]);
-  if (!found) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  if (!found) return <Loading error={error} />;
   const columns = columnsOf(found, slots);
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const matching = found.rows.filter((row) => {
-    const text = [row.run_name, row.name, row.path, row.url, row.upload, row.stopped].filter(Boolean).join("\n").toLowerCase();
-    return words.every((word) => text.includes(word));
-  });
+  const matching = found.rows.filter((row) => hasFilterWords(row.run_name, row.name, row.path, row.url, row.upload, row.stopped));
   const rows = sorted(matching, columns, sort.value);
   return (
     <main>
-      <section class="head">
-        <div class="title">
-          <h1>{shortened(found.name, 300)}</h1>
-          <StateWord state={found.state} />
-          <ExperimentNav id={id} current="checkpoints" />
-        </div>
-      </section>
+      <ExperimentHead experiment={found} current="checkpoints" />
       <div class="tools">
-        <input
-          type="search"
-          placeholder="filter: run, name, path  ( / )"
-          aria-label="filter checkpoints"
-          value={filter.value}
-          onInput={(event) => (filter.value = event.currentTarget.value)}
-        />
+        <Search label="filter checkpoints" hint="filter: run, name, path  ( / )" />
         <span class="muted" role="status">
           {rows.length === found.total ? counted(found.total, "checkpoint") : `${count(rows.length)} of ${counted(found.total, "checkpoint")}`}
         </span>
       </div>
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       {rows.length ? (
         <Table label="checkpoints" rows={rows} columns={columns} keyOf={(row) => `${row.run} ${row.name}`} />
       ) : (
@@ -128,13 +109,5 @@ function columnsOf({ shown, rows }: Checkpoints, slots: Map<string, number>): Co
 
 function Upload({ state }: { state: Row["upload"] }) {
   if (!state) return null;
-  const [sign, like] = UPLOADS[state];
-  return (
-    <span class={`state ${like}`}>
-      <span class="sign" aria-hidden="true">
-        {sign}
-      </span>
-      {state}
-    </span>
-  );
+  return <StateWord state={UPLOADS[state]}>{state}</StateWord>;
 }

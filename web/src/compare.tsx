@@ -1,14 +1,13 @@
 // Several runs side by side: what differs in their configs, their last and best values, and their curves overlaid.
 import type { ComponentChildren } from "preact";
-import { useEffect, useMemo } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed } from "./followed";
 import { count, counted, duration, number, setting as settingText, shortened } from "./format";
-import { Age, Failure, Link, StateWord } from "./parts";
-import type { RunHead } from "./run";
-import type { Metric } from "./types";
+import { Age, Failure, Link, Loading, StateWord, useTitle } from "./parts";
+import type { Metric, RunHead } from "./types";
 import { names } from "./view";
 
 interface Compared extends Answer {
@@ -26,10 +25,8 @@ const MOST_METRICS = 12;
 export function ComparePage() {
   const query = new URLSearchParams([...ids.value].map((id) => ["r", id]));
   const [compared, error] = useFollowed<Compared>(`/api/compare?${query}`, ({ runs }) => (runs[0] ? `e/${runs[0].experiment.id}` : null));
-  useEffect(() => {
-    document.title = "compare \u00b7 evsys-bus";
-  }, []);
-  if (!compared) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  useTitle("compare");
+  if (!compared) return <Loading error={error} />;
   return (
     <main>
       <div class="tools">
@@ -37,7 +34,7 @@ export function ComparePage() {
         <span class="muted">{counted(compared.runs.length, "run")}</span>
         {compared.unknown.length > 0 && <span class="state failed">{counted(compared.unknown.length, "run")} not found</span>}
       </div>
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       {compared.runs.length ? <Shown compared={compared} /> : <p class="empty">Select runs in the list of an experiment's runs.</p>}
     </main>
   );

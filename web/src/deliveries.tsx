@@ -1,6 +1,6 @@
 // What couriers have reported of a journal: how far each adapter is, its error with the fix, and the time of hooks.
-import { count, duration, number, shortened } from "./format";
-import { Age } from "./parts";
+import { count, counted, share, shortened, shortTime } from "./format";
+import { Age, StateWord } from "./parts";
 
 export interface Delivery {
   adapter: string;
@@ -33,6 +33,8 @@ export interface Hook {
 export interface JournalRows {
   deliveries: Delivery[];
   hooks: Hook[];
+  /** How long a step takes; null if that is not known. */
+  step_seconds: number | null;
   /** Of a run that has ended. */
   receipt: { complete: boolean; recorded: number; delivered: number; dead: number; pending: number; owed: number } | null;
 }
@@ -44,11 +46,8 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
   return (
     <>
       {receipt && (
-        <p class={`receipt state ${receipt.complete ? "completed" : "stalled"}`}>
-          <span class="sign" aria-hidden="true">
-            {receipt.complete ? "\u2713" : "!"}
-          </span>
-          receipt: {deliveries.map(arrivedText).join("; ")}
+        <p class="receipt">
+          <StateWord state={receipt.complete ? "completed" : "stalled"}>receipt: {deliveries.map(arrivedText).join("; ")}</StateWord>
         </p>
       )}
       {deliveries.length > 0 && (
@@ -74,7 +73,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
           </table>
         </div>
       )}
-      {hooks.length > 0 && <Hooks hooks={hooks} />}
+      {hooks.length > 0 && <Hooks hooks={hooks} stepSeconds={journal.step_seconds} />}
     </>
   );
 }
@@ -86,13 +85,12 @@ function arrivedText(row: Delivery): string {
     row.owed && `${count(row.owed)} not confirmed`,
     row.dead && `${count(row.dead)} rejected`,
   ].filter(Boolean);
-  const all = `${count(row.recorded)} event${row.recorded === 1 ? "" : "s"}`;
+  const all = counted(row.recorded, "event");
   return `${shortened(row.adapter, 80)} ${missing.length ? `lacks some of ${all}: ${missing.join(", ")}` : `has all ${all}`}`;
 }
 
 function DeliveryRow({ row }: { row: Delivery }) {
   const isBroken = row.last_error !== null || row.dead > 0;
-  const sign = isBroken ? "\u2715" : row.pending ? "\u25b6" : "\u2713";
   return (
     <>
       <tr>
@@ -100,12 +98,7 @@ function DeliveryRow({ row }: { row: Delivery }) {
           <b>{shortened(row.adapter, 80)}</b>
         </td>
         <td>
-          <span class={`state ${isBroken ? "failed" : row.pending ? "running" : "completed"}`}>
-            <span class="sign" aria-hidden="true">
-              {sign}
-            </span>
-            {(row.state ?? "unknown").replaceAll("_", " ")}
-          </span>
+          <StateWord state={isBroken ? "failed" : row.pending ? "running" : "completed"}>{(row.state ?? "unknown").replaceAll("_", " ")}</StateWord>
         </td>
         <td class="num">{count(row.recorded)}</td>
         <td class="num">{count(row.delivered)}</td>
@@ -145,13 +138,26 @@ function DeliveryRow({ row }: { row: Delivery }) {
   );
 }
 
-function Hooks({ hooks }: { hooks: Hook[] }) {
-  const total = hooks.reduce((sum, { per_step }) => sum + (per_step ?? 0), 0);
+/** Seconds that all hooks together take of a step, in the rank where they take most; null if that is not known. */
+function secondsPerStep(hooks: Hook[]): number | null {
+  const ofRanks = new Map<string, number>();
+  for (const { rank, per_step } of hooks) if (per_step !== null) ofRanks.set(rank, (ofRanks.get(rank) ?? 0) + per_step);
+  return ofRanks.size ? Math.max(...ofRanks.values()) : null;
+}
+
+function Hooks({ hooks, stepSeconds }: { hooks: Hook[]; stepSeconds: number | null }) {
+  const seconds = secondsPerStep(hooks);
   const shown = hooks.slice(0, MOST_HOOKS);
   return (
     <details class="hooks" open={hooks.some(({ failures, blocked }) => failures || blocked)}>
       <summary>
-        hooks take <b>{time(total)}</b> of each step
+        {seconds === null ? (
+          "times of hooks"
+        ) : (
+          <>
+            hooks take <b>{shortTime(seconds)}</b> of each step{stepSeconds !== null && `: ${share(seconds / stepSeconds)} of its time`}
+          </>
+        )}
       </summary>
       <div class="scroll">
         <table class="plain">
@@ -172,9 +178,9 @@ function Hooks({ hooks }: { hooks: Hook[] }) {
               <tr key={`${hook.rank} ${hook.callback} ${hook.hook}`}>
                 <td class="name">{shortened(hook.callback, 80)}</td>
                 <td>{shortened(hook.hook, 80)}</td>
-                <td class="num">{hook.per_step === null ? "" : time(hook.per_step)}</td>
-                <td class="num">{time(hook.mean_seconds)}</td>
-                <td class="num">{time(hook.max_seconds)}</td>
+                <td class="num">{hook.per_step === null ? "" : shortTime(hook.per_step)}</td>
+                <td class="num">{shortTime(hook.mean_seconds)}</td>
+                <td class="num">{shortTime(hook.max_seconds)}</td>
                 <td class="num">{count(hook.calls)}</td>
                 <td class="num">{hook.failures ? <b class="state failed">{count(hook.failures)}</b> : "0"}</td>
                 <td class="num">{hook.blocked ? <b class="state stalled">{count(hook.blocked)}</b> : "0"}</td>
@@ -186,12 +192,4 @@ function Hooks({ hooks }: { hooks: Hook[] }) {
       {hooks.length > shown.length && <p class="muted">and {count(hooks.length - shown.length)} quicker ones</p>}
     </details>
   );
-}
-
-/** A short time: "12 \u00b5s", "3.4 ms", "1.2 s". */
-function time(seconds: number): string {
-  if (seconds >= 60) return duration(seconds);
-  if (seconds >= 1) return `${number(seconds)} s`;
-  if (seconds >= 1e-3) return `${(1e3 * seconds).toPrecision(2)} ms`;
-  return seconds > 0 ? `${Math.max(1, Math.round(1e6 * seconds))} \u00b5s` : "0";
 }

@@ -6,8 +6,8 @@ import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
 import { count, counted, withDeviation, number, valueText, shortened } from "./format";
-import { ExperimentNav, type PageProps } from "./further";
-import { Failure, Link, StateWord } from "./parts";
+import { ExperimentHead, type PageProps } from "./further";
+import { Failure, Link, Loading, Search, Section, StateWord, useTitle } from "./parts";
 import type { Direction, Metric, State } from "./types";
 import { oneOf, setting } from "./view";
 
@@ -81,31 +81,19 @@ const MOST_OPEN = 4;
 
 export function EvalsPage({ id }: PageProps) {
   const [evals, error] = useFollowed<Evals>(`/api/experiments/${encodeURIComponent(id)}/evals`, () => `e/${id}`);
-  const name = evals?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `evals \u00b7 ${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
+  useTitle("evals", evals?.name);
   const slots = useMemo(() => slotsOf(evals?.arms ?? []), [evals?.arms.join("\0")]);
-  if (!evals) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  if (!evals) return <Loading error={error} />;
   const charted = { id, arms: evals.arms.map((arm) => ({ name: arm })), headlines: [], metrics: evals.metrics };
   return (
     <main>
-      <section class="head">
-        <div class="title">
-          <h1>{shortened(evals.name, 300)}</h1>
-          <StateWord state={evals.state} />
-          <ExperimentNav id={id} current="evals" />
-        </div>
-      </section>
-      {error ? <Failure error={error} /> : null}
+      <ExperimentHead experiment={evals} current="evals" />
+      <Failure error={error} />
       {evals.rows.length ? <Matrix evals={evals} slots={slots} /> : <p class="empty">No eval yet.</p>}
       {evals.metrics.length > 0 && (
-        <details class="section curves" open={evals.metrics.length <= MOST_OPEN}>
-          <summary>
-            <h2>curves ({count(evals.metrics.length)})</h2>
-          </summary>
+        <Section title={`curves (${count(evals.metrics.length)})`} isOpen={evals.metrics.length <= MOST_OPEN}>
           <Charts experiment={charted} slots={slots} isGrouped={false} />
-        </details>
+        </Section>
       )}
       {evals.sets.length > 0 && <Predictions sets={evals.sets} slots={slots} />}
     </main>
@@ -122,7 +110,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
             {evals.arms.map((arm) => (
               <th key={arm} class="num" title={shortened(arm, 300)}>
                 <Swatch slot={slots.get(arm) ?? 0} /> <span class="text">{shortened(arm, 60)}</span>
-                {arm === evals.baseline && <span class="mark">baseline</span>}
+                {evals.arms.length > 1 && arm === evals.baseline && <span class="mark">baseline</span>}
               </th>
             ))}
           </tr>
@@ -179,13 +167,7 @@ function Predictions({ sets, slots }: { sets: PredictionSet[]; slots: Map<string
             <span class="muted">B</span> <Choice label="B" sets={others} value={b} choose={(set) => (chosenB.value = set)} />
           </label>
         )}
-        <input
-          type="search"
-          placeholder="text in a prediction"
-          aria-label="text in a prediction"
-          value={find.value}
-          onInput={(event) => (find.value = event.currentTarget.value)}
-        />
+        <Search label="text in a prediction" hint="text in a prediction" value={find} />
       </div>
       <Rows key={`${a.id} ${JSON.stringify(filter)}`} of={a} filter={filter} />
       {openRow.value && <Drawer key={openRow.value} id={openRow.value} slots={slots} />}
@@ -282,14 +264,7 @@ function shown(value: unknown): string {
 
 function Reward({ value }: { value: unknown }) {
   if (typeof value !== "number") return <span class="muted">open</span>;
-  return (
-    <span class={`state ${value >= RIGHT ? "completed" : "failed"}`}>
-      <span class="sign" aria-hidden="true">
-        {value >= RIGHT ? "\u2713" : "\u2715"}
-      </span>
-      {number(value)}
-    </span>
-  );
+  return <StateWord state={value >= RIGHT ? "completed" : "failed"}>{number(value)}</StateWord>;
 }
 
 /** A prediction with all its texts, beside those for the same task of other runs. */
@@ -311,7 +286,8 @@ function Drawer({ id, slots }: { id: string; slots: Map<string, number> }) {
       <form method="dialog">
         <button>close ( Esc )</button>
       </form>
-      {error ? <Failure error={error} /> : !found && <p class="muted">loading</p>}
+      <Failure error={error} />
+      {!error && !found && <p class="muted">loading</p>}
       {found && (
         <>
           <dl>

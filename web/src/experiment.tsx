@@ -1,49 +1,30 @@
 // One experiment: which arm wins, is anything broken, and the curves.
-import { useEffect, useMemo } from "preact/hooks";
-import { type Signal, useSignal } from "@preact/signals";
-import { getJson } from "./api";
+import { Fragment } from "preact";
+import { useMemo } from "preact/hooks";
 import { ArmTable } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { count, counted, duration, shortened, valueText, withDeviation } from "./format";
+import { useFollowed } from "./followed";
 import { ExperimentNav } from "./further";
-import { subscribe } from "./live";
-import { Age, Failure, Progress, StateWord, useLoaded } from "./parts";
-import type { Experiment, Run } from "./types";
-import { paused } from "./view";
+import { Age, Alerts, Failure, Loading, Progress, Prose, StateWord, useTitle } from "./parts";
+import type { ArmValue, Experiment, Run } from "./types";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
-  const experiment = useSignal<Experiment | null>(null);
-  const loads = useSignal(0);
-  const isPaused = paused.value;
-  const url = `/api/experiments/${encodeURIComponent(id)}`;
-  const error = useLoaded(async (abort) => {
-    experiment.value = await getJson<Experiment>(url, abort);
-  }, `${isPaused} ${loads.value}`);
-  const isLoaded = experiment.value !== null;
-  useEffect(() => {
-    if (!isLoaded || isPaused) return;
-    return subscribe(`e/${id}`, experiment.peek()!.frame ?? null, ({ header }) => {
-      if (header.kind === "data") experiment.value = { ...experiment.peek()!, ...header.experiment };
-      else loads.value++;
-    });
-  }, [isLoaded, isPaused]);
-  const name = experiment.value?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
-
-  if (!experiment.value) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  const [experiment, error] = useFollowed<Experiment>(`/api/experiments/${encodeURIComponent(id)}`, () => `e/${id}`, {
+    update: (shown, { experiment }) => ({ ...shown, ...experiment }),
+  });
+  useTitle(experiment?.name);
+  if (!experiment) return <Loading error={error} />;
   return (
     <main>
-      {error ? <Failure error={error} /> : null}
-      <Shown experiment={experiment as Signal<Experiment>} onlyMetrics={onlyMetrics} />
+      <Failure error={error} />
+      <Shown experiment={experiment} onlyMetrics={onlyMetrics} />
     </main>
   );
 }
 
-function Shown({ experiment, onlyMetrics }: { experiment: Signal<Experiment>; onlyMetrics: boolean }) {
-  const shown = experiment.value;
+function Shown({ experiment: shown, onlyMetrics }: { experiment: Experiment; onlyMetrics: boolean }) {
   const names = shown.arms.map((arm) => arm.name).join("\0");
   const slots = useMemo(() => slotsOf(names.split("\0")), [names]);
   return (
@@ -97,54 +78,90 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
   );
 }
 
-function Prose({ label, text }: { label: string; text: string | null }) {
-  if (!text) return null;
-  return (
-    <p class="prose">
-      <span class="label">{label}</span> {shortened(text)}
-    </p>
-  );
-}
-
 /** The two questions that bring a reader here, answered in a line. */
 function Summary({ experiment }: { experiment: Experiment }) {
-  const { arms, runs, headlines, baseline } = experiment;
-  const [first] = headlines;
-  const winner = arms.find((arm) => arm.winner);
-  const value = winner?.values[0];
-  const failed = runs.filter((run) => run.state === "failed").length;
-  const stalled = runs.filter((run) => run.state === "stalled").length;
+  const { runs } = experiment;
+  const broken = (["failed", "stalled"] as const).map((state) => [state, runs.filter((run) => run.state === state).length] as const).filter(([, count]) => count);
   return (
     <p class="summary">
-      {winner && value && first ? (
+      <Leader experiment={experiment} />
+      {broken.length ? (
         <>
-          <b class="name">{shortened(winner.name, 80)}</b> leads by <span class="name">{shortened(first.name, 80)}</span>
-          {` (${first.direction === "min" ? "lower" : "higher"} is better): `}
-          <b>{withDeviation(value.mean, value.sd)}</b>
-          {baseline !== null && baseline !== winner.name && value.delta !== null && (
-            <>
-              {`, ${withDeviation(value.delta, value.delta_sd, true)} to `}
-              <span class="name">{shortened(baseline, 80)}</span>
-            </>
-          )}
-          {". "}
-        </>
-      ) : first && arms.length > 1 ? (
-        <>
-          No arm leads yet by <span class="name">{shortened(first.name, 80)}</span>
-          {first.direction === null && ", of which nothing says whether higher or lower is better"}.{" "}
-        </>
-      ) : null}
-      {failed || stalled ? (
-        <span class={failed ? "state failed" : "state stalled"}>
-          {[failed && `${counted(failed, "run")} failed`, stalled && `${counted(stalled, "run")} stalled`].filter(Boolean).join(", ")}
+          {broken.map(([state, count], i) => (
+            <Fragment key={state}>
+              {i > 0 && ", "}
+              <StateWord state={state}>
+                {counted(count, "run")} {state}
+              </StateWord>
+            </Fragment>
+          ))}
           {` of ${runs.length}.`}
-        </span>
+        </>
       ) : (
         <span class="muted">{counted(runs.length, "run")}, none failed.</span>
       )}
     </p>
   );
+}
+
+/** Which arm is the best by the first metric that several arms have, and by how much. */
+function Leader({ experiment }: { experiment: Experiment }) {
+  const { arms, headlines, baseline } = experiment;
+  const place = headlines.findIndex((_, i) => arms.filter(({ values }) => hasMean(values[i])).length > (arms.length > 1 ? 1 : 0));
+  const headline = headlines[Math.max(0, place)];
+  if (!headline) return null;
+  const metric = <span class="name">{shortened(headline.name, 80)}</span>;
+  const leader = arms.length > 1 ? arms.find((arm) => arm.winner) : arms[0];
+  const value = leader?.values[place];
+  if (!leader || !hasMean(value)) {
+    return arms.length > 1 ? (
+      <>
+        No arm leads yet by {metric}
+        {headline.direction === null && ", of which nothing says whether higher or lower is better"}.{" "}
+      </>
+    ) : null;
+  }
+  const shown = <b>{withDeviation(value.mean, value.sd)}</b>;
+  if (arms.length === 1) {
+    return (
+      <>
+        {metric}: {shown}.{" "}
+      </>
+    );
+  }
+  const sign = headline.direction === "min" ? 1 : -1;
+  const others = arms.filter((arm) => arm !== leader && hasMean(arm.values[place])).sort((a, b) => sign * (a.values[place]!.mean! - b.values[place]!.mean!));
+  const ahead = headline.direction !== null && others[0] && sign * (others[0].values[place]!.mean! - value.mean) < 0 ? others[0] : null;
+  const other = others.find(({ name }) => name === baseline) ?? (ahead ? undefined : others[0]);
+  const against = other && difference(value, other.values[place]!);
+  return (
+    <>
+      <b class="name">{shortened(leader.name, 80)}</b> leads by {metric}
+      {headline.direction !== null && ` (${headline.direction === "min" ? "lower" : "higher"} is better)`}: {shown}
+      {other && against && (
+        <>
+          {`, ${withDeviation(against.delta, against.error, true)} to `}
+          <span class="name">{shortened(other.name, 80)}</span>
+          {against.error !== null && Math.abs(against.delta) < 2 * against.error && ", which is within two standard errors"}
+        </>
+      )}
+      {ahead && (
+        <>
+          {"; "}
+          <span class="name">{shortened(ahead.name, 80)}</span> has {withDeviation(ahead.values[place]!.mean, ahead.values[place]!.sd)}, but not of all its runs
+        </>
+      )}
+      {". "}
+    </>
+  );
+}
+
+const hasMean = (value: ArmValue | null | undefined): value is ArmValue & { mean: number } => value?.mean !== null && value?.mean !== undefined;
+
+/** The difference of two means, and its standard error if both arms have several seeds. */
+function difference(a: ArmValue, b: ArmValue): { delta: number; error: number | null } {
+  const isKnown = a.sd !== null && b.sd !== null;
+  return { delta: a.mean! - b.mean!, error: isKnown ? Math.hypot(a.sd! / Math.sqrt(a.n), b.sd! / Math.sqrt(b.n)) : null };
 }
 
 const MOST_PROBLEMS = 5;
@@ -170,14 +187,13 @@ function groupedByError(runs: Run[]): Run[][] {
 
 function Problems({ experiment }: { experiment: Experiment }) {
   const groups = groupedByError(experiment.runs);
-  const alerts = [...experiment.alerts].sort((a, b) => (b.time ?? 0) - (a.time ?? 0));
-  if (!groups.length && !alerts.length && !experiment.error) return null;
+  if (!groups.length && !experiment.alerts.length && !experiment.error) return null;
   return (
     <section class="problems" aria-label="what is broken">
       {experiment.error && !groups.some(([run]) => run!.error === experiment.error) && (
         <details>
           <summary>
-            <span class="state failed">experiment</span> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
+            <StateWord state="failed">experiment</StateWord> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
           </summary>
           <pre>{shortened(experiment.error, 20_000)}</pre>
         </details>
@@ -186,21 +202,7 @@ function Problems({ experiment }: { experiment: Experiment }) {
         <ProblemRuns key={runs[0]!.id} runs={runs} />
       ))}
       {groups.length > MOST_PROBLEMS && <p class="muted">and {groups.length - MOST_PROBLEMS} other errors</p>}
-      {alerts.slice(0, MOST_ALERTS).map((alert, i) => (
-        <p class="alert" key={i}>
-          <span class="state stalled">
-            <span class="sign" aria-hidden="true">
-              !
-            </span>
-            {alert.level ?? "alert"}
-          </span>{" "}
-          <b>{shortened(alert.title, 200)}</b> {alert.text && shortened(alert.text, 300)}{" "}
-          <span class="muted">
-            <Age since={alert.time} suffix=" ago" />
-          </span>
-        </p>
-      ))}
-      {alerts.length > MOST_ALERTS && <p class="muted">and {counted(alerts.length - MOST_ALERTS, "earlier alert")}</p>}
+      <Alerts alerts={experiment.alerts} most={MOST_ALERTS} />
     </section>
   );
 }

@@ -12,8 +12,15 @@ export interface Answer {
   frame?: number;
 }
 
+interface Following<T> {
+  /** What an answer becomes by a frame with this header; without it, the answer is loaded again after each frame. */
+  update?: (answer: T, header: any) => T; // eslint-disable-line -- each topic has its own
+  /** Load again so often, and not after frames. */
+  everyMs?: number;
+}
+
 /** The answer of a URL; while another one is loaded, the last answer stays. `topicOf` names what announces changes. */
-export function useFollowed<T extends Answer>(url: string, topicOf: (answer: T) => string | null): [T | null, unknown] {
+export function useFollowed<T extends Answer>(url: string, topicOf: (answer: T) => string | null, { update, everyMs }: Following<T> = {}): [T | null, unknown] {
   const [answer, setAnswer] = useState<T | null>(null);
   const [loads, setLoads] = useState(0);
   const isPaused = paused.value;
@@ -22,16 +29,19 @@ export function useFollowed<T extends Answer>(url: string, topicOf: (answer: T) 
   useEffect(() => {
     if (!topic || isPaused) return;
     let timer = 0;
-    const again = () => {
+    const loadAgain = () => {
       timer = 0;
       setLoads((count) => count + 1);
     };
-    const end = subscribe(topic, answer.frame ?? null, () => {
-      timer ||= window.setTimeout(again, AGAIN_MS);
+    const end = subscribe(topic, answer.frame ?? null, ({ header }) => {
+      if (update && header.kind === "data") setAnswer((last) => last && update(last, header));
+      else if (!everyMs) timer ||= window.setTimeout(loadAgain, update ? 0 : AGAIN_MS);
     });
+    const interval = everyMs && window.setInterval(loadAgain, everyMs);
     return () => {
       end();
       clearTimeout(timer);
+      clearInterval(interval);
     };
   }, [topic, isPaused]);
   return [answer, error];

@@ -57,6 +57,18 @@ export function bytes(size: number): string {
   return `${power ? (size / 1e3 ** power).toPrecision(3) : size} ${units[power]}`;
 }
 
+/** A short time: "0.4 \u00b5s", "12 \u00b5s", "3.4 ms", "1.2 s". */
+export function shortTime(seconds: number): string {
+  if (seconds >= 60) return duration(seconds);
+  const [unit, size] = ([["s", 1], ["ms", 1e-3], ["\u00b5s", 1e-6], ["ns", 1e-9]] as const).find(([, least]) => seconds >= least) ?? ["s", 1];
+  return seconds > 0 ? `${Number((seconds / size).toPrecision(2))} ${unit}` : "0";
+}
+
+/** A part of a whole, at two digits: "25 %", "0.3 %"; never "0 %" for what is not nothing. */
+export function share(part: number): string {
+  return part > 0 && part < 1e-5 ? "less than 0.001 %" : `${Number((100 * part).toPrecision(2))} %`;
+}
+
 export function duration(seconds: number): string {
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;

@@ -2,7 +2,9 @@
 import type { ComponentType, VNode } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { RequestError } from "./api";
-import { Failure, Link } from "./parts";
+import { shortened } from "./format";
+import { Link, Loading, StateWord } from "./parts";
+import type { State } from "./types";
 import { decoded, search } from "./view";
 
 export interface PageProps {
@@ -47,7 +49,7 @@ function Further({ pattern, load, id }: { pattern: RegExp; load: () => Promise<P
   }, []);
   const Page = loadedPages.get(pattern);
   if (Page) return <Page id={id} />;
-  return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  return <Loading error={error} />;
 }
 
 const EXPERIMENT_PAGES = [
@@ -60,6 +62,24 @@ const EXPERIMENT_PAGES = [
 
 /** Whether the settings of one page, such as the zoom, make sense on the other. */
 const haveOneView = (...pages: (string | null)[]) => pages.every((page) => page === "" || page === "metrics");
+
+interface HeadProps {
+  experiment: { id: string; name: string; state: State };
+  current: (typeof EXPERIMENT_PAGES)[number][0];
+}
+
+/** The head of a page of an experiment. */
+export function ExperimentHead({ experiment, current }: HeadProps) {
+  return (
+    <section class="head">
+      <div class="title">
+        <h1>{shortened(experiment.name, 300)}</h1>
+        <StateWord state={experiment.state} />
+        <ExperimentNav id={experiment.id} current={current} />
+      </div>
+    </section>
+  );
+}
 
 /** Links to the pages of an experiment. */
 export function ExperimentNav({ id, current }: { id: string; current: (typeof EXPERIMENT_PAGES)[number][0] | null }) {

@@ -1,12 +1,11 @@
 // Is everything delivered? Each journal with its adapters, errors first; and the figures of the database.
-import { useEffect, useRef, useState } from "preact/hooks";
-import { getJson } from "./api";
+import { useRef } from "preact/hooks";
 import { Deliveries, type JournalRows } from "./deliveries";
+import { type Answer, useFollowed } from "./followed";
 import { bytes, count, counted, number, shortened } from "./format";
-import { subscribe } from "./live";
-import { Age, Failure, Link, StateWord, useLoaded } from "./parts";
+import { Age, Fact, Failure, Link, Loading, Search, StateWord, useTitle } from "./parts";
 import type { State } from "./types";
-import { filter, paused } from "./view";
+import { filter, hasFilterWords } from "./view";
 
 interface Journal extends JournalRows {
   journal: string;
@@ -16,45 +15,38 @@ interface Journal extends JournalRows {
   time: number;
 }
 
-interface Health {
+interface Health extends Answer {
   now: number;
   database: { path: string; bytes: number; events: number; streams: number; series: number; unreadable: number };
   journals: Journal[];
 }
 
 const AGAIN_MS = 5_000;
+const RATE_SECONDS = 60;
 const MOST_SHOWN = 40;
 
 const isBroken = ({ deliveries }: Journal) => deliveries.some(({ last_error, dead }) => last_error !== null || dead > 0);
 
+/** How many events arrive in a second: the mean of the last minute, or of the time since the page was opened. */
+function useRate(health: Health | null): { rate: number; seconds: number } | null {
+  const looks = useRef<{ now: number; events: number }[]>([]);
+  const now = health?.now;
+  if (health && now !== looks.current.at(-1)?.now) {
+    looks.current = [...looks.current.filter((look) => look.now > health.now - RATE_SECONDS), { now: health.now, events: health.database.events }];
+  }
+  const [first, last] = [looks.current[0], looks.current.at(-1)];
+  if (!first || !last || last.now <= first.now) return null;
+  const seconds = last.now - first.now;
+  return { rate: Math.max(0, (last.events - first.events) / seconds), seconds };
+}
+
 export function HealthPage() {
-  const [health, setHealth] = useState<Health | null>(null);
-  const [rate, setRate] = useState<number | null>(null);
-  const [loads, setLoads] = useState(0);
-  const isPaused = paused.value;
-  const last = useRef<Health | null>(null);
-  const error = useLoaded(async (abort) => {
-    const answer = await getJson<Health>("/api/health", abort);
-    const before = last.current;
-    if (before && answer.now > before.now) setRate(Math.max(0, (answer.database.events - before.database.events) / (answer.now - before.now)));
-    last.current = answer;
-    setHealth(answer);
-  }, `${loads} ${isPaused}`);
-  useEffect(() => {
-    document.title = "health \u00b7 evsys-bus";
-  }, []);
-  useEffect(() => {
-    if (isPaused) return;
-    const end = subscribe("home", null, () => {}); // shows whether the dashboard is there
-    const timer = setInterval(() => setLoads((count) => count + 1), AGAIN_MS);
-    return () => {
-      end();
-      clearInterval(timer);
-    };
-  }, [isPaused]);
-  if (!health) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = health.journals.filter((journal) => matches(journal, words));
+  // What is delivered is no change of an experiment; the topic shows whether the dashboard is there.
+  const [health, error] = useFollowed<Health>("/api/health", () => "home", { everyMs: AGAIN_MS });
+  const arriving = useRate(health);
+  useTitle("health");
+  if (!health) return <Loading error={error} />;
+  const found = health.journals.filter(matches);
   const broken = health.journals.filter(isBroken).length;
   const lag = sum(health.journals, "pending");
   const owed = sum(health.journals, "owed");
@@ -63,36 +55,30 @@ export function HealthPage() {
     <main>
       <div class="tools">
         <h1>Health</h1>
-        <input
-          type="search"
-          placeholder="filter: run, adapter, error  ( / )"
-          aria-label="filter"
-          value={filter.value}
-          onInput={(event) => (filter.value = event.currentTarget.value)}
-        />
-        <span class="muted">{words.length ? `${found.length} of ${health.journals.length}` : counted(health.journals.length, "journal")}</span>
+        <Search label="filter" hint="filter: run, adapter, error  ( / )" />
+        <span class="muted">{filter.value ? `${found.length} of ${health.journals.length}` : counted(health.journals.length, "journal")}</span>
       </div>
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       <p class="summary">
         {broken ? (
-          <span class="state failed">
-            {"\u2715"} {counted(broken, "journal")} with a delivery that fails.{" "}
-          </span>
+          <StateWord state="failed">{counted(broken, "journal")} with a delivery that fails.</StateWord>
         ) : (
-          <span class="state completed">{"\u2713"} No delivery fails. </span>
-        )}
+          <StateWord state="completed">No delivery fails.</StateWord>
+        )}{" "}
         <span class="muted">
           {lag ? `${counted(lag, "event")} still to be delivered` : "nothing is late"}
           {owed ? `, ${count(owed)} not confirmed yet` : ""}.
         </span>
       </p>
       <p class="facts">
-        <Fact label="database" value={bytes(database.bytes)} title={database.path} />
-        <Fact label="events" value={count(database.events)} />
-        <Fact label="arriving" value={rate === null ? "\u2026" : `${number(Number(rate.toPrecision(3)))} / s`} />
-        <Fact label="streams" value={count(database.streams)} />
-        <Fact label="series" value={count(database.series)} />
-        {database.unreadable > 0 && <Fact label="unreadable events" value={count(database.unreadable)} />}
+        <Fact label="database" title={database.path}>
+          {bytes(database.bytes)}
+        </Fact>
+        <Fact label="events">{count(database.events)}</Fact>
+        <Fact label="arriving">{arriving ? `${number(Number(arriving.rate.toPrecision(3)))} / s, over ${count(Math.round(arriving.seconds))} s` : "\u2026"}</Fact>
+        <Fact label="streams">{count(database.streams)}</Fact>
+        <Fact label="series">{count(database.series)}</Fact>
+        {database.unreadable > 0 && <Fact label="unreadable events">{count(database.unreadable)}</Fact>}
       </p>
       {health.journals.length === 0 && (
         <p class="empty">No courier has reported yet. A run that sends here with evsys_logger reports how far each of its adapters is.</p>
@@ -120,21 +106,10 @@ export function HealthPage() {
   );
 }
 
-function Fact({ label, value, title }: { label: string; value: string; title?: string }) {
-  return (
-    <span class="fact" title={title}>
-      <span class="label">{label}</span> {value}
-    </span>
-  );
-}
-
 function sum(journals: Journal[], field: "pending" | "owed"): number {
   return journals.reduce((total, { deliveries }) => total + deliveries.reduce((all, row) => all + row[field], 0), 0);
 }
 
-function matches(journal: Journal, words: string[]): boolean {
-  const { deliveries, run, experiment } = journal;
-  const texts = [journal.journal, run?.name, experiment?.name, journal.state, ...deliveries.flatMap((row) => [row.adapter, row.state, row.last_error])];
-  const text = texts.filter(Boolean).join("\n").toLowerCase();
-  return words.every((word) => text.includes(word));
+function matches({ journal, run, experiment, state, deliveries }: Journal): boolean {
+  return hasFilterWords(journal, run?.name, experiment?.name, state, ...deliveries.flatMap((row) => [row.adapter, row.state, row.last_error]));
 }

@@ -1,78 +1,42 @@
 // All experiments.
-import { useEffect } from "preact/hooks";
-import { signal } from "@preact/signals";
-import { getJson } from "./api";
+import { useRef } from "preact/hooks";
+import { useFollowed } from "./followed";
 import { number, shortened } from "./format";
-import { subscribe } from "./live";
-import { Age, Failure, Link, Progress, StateWord, useLoaded } from "./parts";
+import { Age, Failure, Link, Loading, Progress, Search, StateWord, useTitle } from "./parts";
 import type { ExperimentRow, Home } from "./types";
-import { filter, paused } from "./view";
+import { filter, hasFilterWords } from "./view";
 
-const home = signal<Home | null>(null);
-const loads = signal(0);
-
-/** Running ones first, then the latest; decided when the page loads, so that no live update moves a row. */
-function ordered(rows: ExperimentRow[]): ExperimentRow[] {
-  const active = (row: ExperimentRow) => Number(row.state === "running" || row.state === "stalled");
-  return [...rows].sort((a, b) => active(b) - active(a) || (b.last_event ?? 0) - (a.last_event ?? 0));
+/** Running ones first, then the latest; decided when a row appears, so that no live update moves one. */
+function useOrder(rows: ExperimentRow[]): ExperimentRow[] {
+  const order = useRef<string[]>([]);
+  const byId = new Map(rows.map((row) => [row.id, row]));
+  const known = new Set(order.current);
+  const isActive = (row: ExperimentRow) => Number(row.state === "running" || row.state === "stalled");
+  const added = rows.filter(({ id }) => !known.has(id)).sort((a, b) => isActive(b) - isActive(a) || (b.last_event ?? 0) - (a.last_event ?? 0));
+  if (added.length) order.current = [...added.map(({ id }) => id), ...order.current];
+  return order.current.flatMap((id) => byId.get(id) ?? []);
 }
 
-async function load(abort: AbortSignal): Promise<void> {
-  const loaded = await getJson<Home>("/api/home", abort);
-  home.value = { ...loaded, experiments: ordered(loaded.experiments) };
-}
-
-function update(change: { experiments?: ExperimentRow[]; removed?: string[] }): void {
-  const now = home.peek();
-  if (!now) return;
-  const changed = new Map((change.experiments ?? []).map((row) => [row.id, row]));
-  const removed = new Set(change.removed ?? []);
-  const known = new Set(now.experiments.map((row) => row.id));
-  home.value = {
-    ...now,
-    experiments: [
-      ...ordered([...changed.values()].filter((row) => !known.has(row.id))),
-      ...now.experiments.filter((row) => !removed.has(row.id)).map((row) => changed.get(row.id) ?? row),
-    ],
-  };
-}
-
-function matches(row: ExperimentRow, words: string[]): boolean {
-  const text = [row.name, row.state, row.hypothesis ?? "", row.headline?.name ?? "", ...row.tags].join("\n").toLowerCase();
-  return words.every((word) => text.includes(word));
+function updated(home: Home, { experiments, removed }: { experiments: ExperimentRow[]; removed: string[] }): Home {
+  const rows = new Map([...home.experiments, ...experiments].map((row) => [row.id, row]));
+  for (const id of removed) rows.delete(id);
+  return { ...home, experiments: [...rows.values()] };
 }
 
 export function HomePage() {
-  const isPaused = paused.value;
-  const error = useLoaded(load, `${isPaused} ${loads.value}`);
-  const isLoaded = home.value !== null;
-  useEffect(() => {
-    document.title = "evsys-bus";
-    if (!isLoaded || isPaused) return;
-    return subscribe("home", home.peek()!.frame ?? null, ({ header }) => {
-      if (header.kind === "data") update(header.home);
-      else loads.value++;
-    });
-  }, [isLoaded, isPaused]);
-
-  if (!home.value) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
-  const all = home.value.experiments;
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const rows = all.filter((row) => matches(row, words));
+  const [home, error] = useFollowed<Home>("/api/home", () => "home", { update: (shown, { home }) => updated(shown, home) });
+  const all = useOrder(home?.experiments ?? []);
+  useTitle();
+  if (!home) return <Loading error={error} />;
+  const rows = all.filter(({ name, state, hypothesis, headline, tags }) => hasFilterWords(name, state, hypothesis, headline?.name, ...tags));
   return (
     <main>
       <div class="tools">
         <h1>Experiments</h1>
-        <input
-          type="search"
-          placeholder="filter: name, state, tag  ( / )"
-          aria-label="filter"
-          value={filter.value}
-          onInput={(event) => (filter.value = event.currentTarget.value)}
-        />
-        <span class="muted">{words.length ? `${rows.length} of ${all.length}` : all.length}</span>
+        <Search label="filter" hint="filter: name, state, tag  ( / )" />
+        <span class="muted">{filter.value ? `${rows.length} of ${all.length}` : all.length}</span>
       </div>
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       {all.length === 0 ? (
         <p class="empty">No experiment yet. A run appears here as soon as it starts with --dash, or with evsys_logger.</p>
       ) : rows.length === 0 ? (

@@ -1,11 +1,11 @@
-// Small parts that both pages show.
+// Small parts that several pages show.
 import { useEffect, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
 import { signal } from "@preact/signals";
 import { clockAhead, RequestError } from "./api";
-import { duration, percent } from "./format";
-import type { State } from "./types";
-import { navigate } from "./view";
+import { counted, duration, percent, shortened } from "./format";
+import type { Alert, State } from "./types";
+import { filter, navigate } from "./view";
 
 const SIGNS: Record<State, string> = {
   pending: "\u25cb",
@@ -17,14 +17,14 @@ const SIGNS: Record<State, string> = {
   stalled: "!",
 };
 
-/** A state is a word and a sign, never colour alone. */
-export function StateWord({ state }: { state: State }) {
+/** A state is a word and a sign, never colour alone. Other words have the sign and the colour of the state that is like them. */
+export function StateWord({ state, children = state }: { state: State; children?: ComponentChildren }) {
   return (
     <span class={`state ${state}`}>
       <span class="sign" aria-hidden="true">
         {SIGNS[state] ?? "?"}
       </span>
-      {state}
+      {children}
     </span>
   );
 }
@@ -69,7 +69,100 @@ export function Link({ to, class: name, children }: { to: string; class?: string
   );
 }
 
+export function Fact({ label, title, children }: { label: string; title?: string; children: ComponentChildren }) {
+  return (
+    <span class="fact" title={title}>
+      <span class="label">{label}</span> {children}
+    </span>
+  );
+}
+
+/** A text that somebody wrote, with what it is. */
+export function Prose({ label, text }: { label: string; text: string | null }) {
+  if (!text) return null;
+  return (
+    <p class="prose">
+      <span class="label">{label}</span> {shortened(text)}
+    </p>
+  );
+}
+
+/** A part of a page that opens and closes. */
+export function Section({ title, isOpen = false, children }: { title: string; isOpen?: boolean; children: ComponentChildren }) {
+  return (
+    <details class="section" open={isOpen}>
+      <summary>
+        <h2>{title}</h2>
+      </summary>
+      {children}
+    </details>
+  );
+}
+
+const ALERT_STATES: Record<string, State> = { error: "failed", info: "pending" };
+
+/** The newest alerts first, as many as `most`. */
+export function Alerts({ alerts, most }: { alerts: Omit<Alert, "run">[]; most: number }) {
+  const newest = [...alerts].sort((a, b) => (b.time ?? 0) - (a.time ?? 0));
+  return (
+    <>
+      {newest.slice(0, most).map(({ level, title, text, time }, i) => (
+        <p class="alert" key={i}>
+          <StateWord state={ALERT_STATES[level ?? ""] ?? "stalled"}>{shortened(level ?? "alert", 40)}</StateWord> <b>{shortened(title, 200)}</b> {text && shortened(text, 300)}{" "}
+          <span class="muted">
+            <Age since={time} suffix=" ago" />
+          </span>
+        </p>
+      ))}
+      {newest.length > most && <p class="muted">and {counted(newest.length - most, "earlier alert")}</p>}
+    </>
+  );
+}
+
+interface SearchProps {
+  /** What it is for: the label that is read aloud. */
+  label: string;
+  hint: string;
+  title?: string;
+  isWide?: boolean;
+  isInvalid?: boolean;
+  /** By default the filter of the page. */
+  value?: { value: string };
+}
+
+/** A text in the URL by which a list is searched; the key / goes to the first one of a page. */
+export function Search({ label, hint, title, isWide, isInvalid, value = filter }: SearchProps) {
+  return (
+    <input
+      type="search"
+      class={isWide ? "wide" : ""}
+      placeholder={hint}
+      title={title}
+      aria-label={label}
+      aria-invalid={isInvalid}
+      value={value.value}
+      onInput={(event) => (value.value = event.currentTarget.value)}
+    />
+  );
+}
+
+/** The name of the tab; none before the page is loaded. */
+export function useTitle(...names: (string | null | undefined)[]): void {
+  const title = [...names.map((name) => name && shortened(name, 80)), "evsys-bus"].filter(Boolean).join(" \u00b7 ");
+  const isLoaded = names.every((name) => name !== undefined);
+  useEffect(() => {
+    if (isLoaded) document.title = title;
+  }, [isLoaded, title]);
+}
+
+/** In place of a page that is not loaded yet, or cannot be. */
+export function Loading({ error }: { error: unknown }) {
+  return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+}
+
+/** Why something failed; nothing if there is no error. */
 export function Failure({ error }: { error: unknown }) {
+  if (!error) return null;
   const known = error instanceof RequestError ? error : null;
   const isToken = known?.status === 401 || known?.status === 403;
   return (

@@ -1,31 +1,13 @@
 // One run: its state and error, curves, evals, checkpoints, alerts, texts, config, deliveries.
-import type { ComponentChildren } from "preact";
-import { useEffect, useMemo } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
-import { bytes, count, counted, duration, number, setting, shortened } from "./format";
+import { bytes, count, duration, number, setting, shortened } from "./format";
 import { ExperimentNav, type PageProps } from "./further";
-import { Age, Failure, Link, Progress, StateWord } from "./parts";
-import type { Alert, Metric, State } from "./types";
-
-export interface RunHead {
-  id: string;
-  name: string;
-  experiment: { id: string; name: string };
-  arm: string;
-  seed: number | null;
-  state: State;
-  error: string | null;
-  step: number | null;
-  num_steps: number | null;
-  unit: string | null;
-  started: number | null;
-  ended: number | null;
-  last_event: number | null;
-  seconds: number | null;
-}
+import { Age, Alerts, Fact, Failure, Link, Loading, Progress, Prose, Section, StateWord, useTitle } from "./parts";
+import type { Alert, Metric, RunHead } from "./types";
 
 interface EvalRow {
   id: number;
@@ -62,14 +44,11 @@ interface RunAnswer extends RunHead, JournalRows, Answer {
 
 export function RunPage({ id }: PageProps) {
   const [run, error] = useFollowed<RunAnswer>(`/api/runs/${encodeURIComponent(id)}`, ({ experiment }) => `e/${experiment.id}`);
-  const name = run?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
-  if (!run) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  useTitle(run?.name);
+  if (!run) return <Loading error={error} />;
   return (
     <main>
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       <Head run={run} />
       <Problems run={run} />
       <Curves run={run} />
@@ -134,44 +113,20 @@ function Head({ run }: { run: RunAnswer }) {
           </span>
         ))}
       </p>
-      {run.notes && (
-        <p class="prose">
-          <span class="label">notes</span> {shortened(run.notes)}
-        </p>
-      )}
+      <Prose label="notes" text={run.notes} />
       {run.path && <p class="hint path">{shortened(run.path, 400)}</p>}
     </section>
   );
 }
 
-function Fact({ label, children }: { label: string; children: ComponentChildren }) {
-  return (
-    <span class="fact">
-      <span class="label">{label}</span> {children}
-    </span>
-  );
-}
+const MOST_ALERTS = 20;
 
 function Problems({ run }: { run: RunAnswer }) {
   if (!run.error && !run.alerts.length) return null;
   return (
     <section class="problems" aria-label="what is broken">
       {run.error && <pre class="whole">{run.error}</pre>}
-      {run.alerts.slice(0, 20).map((alert, i) => (
-        <p class="alert" key={i}>
-          <span class="state stalled">
-            <span class="sign" aria-hidden="true">
-              !
-            </span>
-            {alert.level ?? "alert"}
-          </span>{" "}
-          <b>{shortened(alert.title, 200)}</b> {alert.text && shortened(alert.text, 1_000)}{" "}
-          <span class="muted">
-            <Age since={alert.time} suffix=" ago" />
-          </span>
-        </p>
-      ))}
-      {run.alerts.length > 20 && <p class="muted">and {counted(run.alerts.length - 20, "earlier alert")}</p>}
+      <Alerts alerts={run.alerts} most={MOST_ALERTS} />
     </section>
   );
 }
@@ -305,17 +260,6 @@ function Contents({ run }: { run: RunAnswer }) {
         </table>
       </div>
     </Section>
-  );
-}
-
-function Section({ title, isOpen = false, children }: { title: string; isOpen?: boolean; children: ComponentChildren }) {
-  return (
-    <details class="section" open={isOpen}>
-      <summary>
-        <h2>{title}</h2>
-      </summary>
-      {children}
-    </details>
   );
 }
 

@@ -1,12 +1,12 @@
 // The runs of an experiment: what differs in their configs, their metrics; filter, sort, columns, CSV, compare.
-import { useEffect, useMemo } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { save } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
 import { count, counted, csv, duration, number, setting as settingText, shortened } from "./format";
-import { ExperimentNav, type PageProps } from "./further";
-import { Age, Failure, Link, StateWord } from "./parts";
+import { ExperimentHead, type PageProps } from "./further";
+import { Age, Failure, Link, Loading, Search, StateWord, useTitle } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
 import type { Direction, Run, State } from "./types";
 import { filter, names, navigate, toggled } from "./view";
@@ -44,12 +44,9 @@ export function RunsPage({ id }: PageProps) {
   const query = new URLSearchParams([...(text ? [["q", text]] : []), ...[...new Set(metrics)].map((name) => ["metric", name])]);
   const url = `/api/experiments/${encodeURIComponent(id)}/runs?${query}`;
   const [runs, error] = useFollowed<Runs>(url, () => `e/${id}`);
-  const name = runs?.name;
-  useEffect(() => {
-    if (name !== undefined) document.title = `runs \u00b7 ${shortened(name, 80)} \u00b7 evsys-bus`;
-  }, [name]);
+  useTitle("runs", runs?.name);
   const slots = useMemo(() => slotsOf(runs?.arms ?? []), [runs?.arms.join("\0")]);
-  if (!runs) return error ? <Failure error={error} /> : <main class="loading" aria-busy="true" />;
+  if (!runs) return <Loading error={error} />;
   const all = columnsOf(runs, slots);
   const isShown = ({ id }: Column<RunRow>) => (columnsInUrl.size ? columnsInUrl.has(id) : isDefault(id, runs));
   const shown = [selectColumn, ...all.filter((column) => column.id === "run" || isShown(column))];
@@ -59,24 +56,9 @@ export function RunsPage({ id }: PageProps) {
   const table = () => csv([written.map(({ label }) => label), ...rows.map((row) => written.map(({ value }) => value(row)))]);
   return (
     <main>
-      <section class="head">
-        <div class="title">
-          <h1>{shortened(runs.name, 300)}</h1>
-          <StateWord state={runs.state} />
-          <ExperimentNav id={id} current="runs" />
-        </div>
-      </section>
+      <ExperimentHead experiment={runs} current="runs" />
       <div class="tools">
-        <input
-          type="search"
-          class="wide"
-          placeholder="filter:  lr>1e-4  arm:baseline  state:failed  /regex/   ( / )"
-          title={EXAMPLES}
-          aria-label="filter runs"
-          aria-invalid={runs.problem !== null}
-          value={filter.value}
-          onInput={(event) => (filter.value = event.currentTarget.value)}
-        />
+        <Search label="filter runs" hint="filter:  lr>1e-4  arm:baseline  state:failed  /regex/   ( / )" title={EXAMPLES} isWide isInvalid={runs.problem !== null} />
         <span class="muted" role="status">
           {runs.rows.length === runs.total ? counted(runs.total, "run") : `${count(runs.rows.length)} of ${counted(runs.total, "run")}`}
         </span>
@@ -95,7 +77,7 @@ export function RunsPage({ id }: PageProps) {
         </span>
       </div>
       {runs.problem && <p class="problem" role="alert">{runs.problem}</p>}
-      {error ? <Failure error={error} /> : null}
+      <Failure error={error} />
       {rows.length ? (
         <Table label="runs" rows={rows} columns={shown} keyOf={(row) => row.id} classOf={(row) => (selected.value.has(row.id) ? "selected" : "")} />
       ) : (

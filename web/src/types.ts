@@ -57,12 +57,9 @@ export interface Arm {
   winner: boolean;
 }
 
-export interface Run {
+interface RunState {
   id: string;
-  name: string | null;
-  arm: string | null;
   seed: number | null;
-  rank: number | null;
   state: State;
   error: string | null;
   step: number | null;
@@ -71,9 +68,24 @@ export interface Run {
   started: number | null;
   ended: number | null;
   last_event: number | null;
+}
+
+/** A run in the list of an experiment. */
+export interface Run extends RunState {
+  name: string | null;
+  arm: string | null;
+  rank: number | null;
   values: (number | null)[];
   checkpoints: number;
   config: Record<string, unknown>;
+}
+
+/** A run on its own page, and where several are compared. */
+export interface RunHead extends RunState {
+  name: string;
+  experiment: { id: string; name: string };
+  arm: string;
+  seconds: number | null;
 }
 
 export interface Metric {

@@ -61,6 +61,13 @@ export const names = (name: string) =>
 const unescapeName = (text: string) => text.replace(/~[01]/g, (c) => (c === "~0" ? "~" : ","));
 
 export const filter = setting<string>("q", (text) => text ?? "", (value) => value || null);
+
+/** Whether the texts have all words of the filter, in any case. */
+export function hasFilterWords(...texts: (string | null | undefined)[]): boolean {
+  const text = texts.filter(Boolean).join("\n").toLowerCase();
+  return filter.value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+}
+
 export const LINES: readonly Lines[] = ["band", "members", "both"];
 export const lines = oneOf<Lines>("lines", LINES);
 export const X_AXES: readonly XAxis[] = ["step", "relative", "wall"];
