@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 
+from evsys_adapters import EvsysLoggerCallback
 from evsys_adapters.dashboard.state_file import DashboardState, read_state, responds, state_path
 from evsys_adapters.dashboard.store import Store
 from evsys_bus import EventBus, LogContext, LoopState, RunEnd, RunResult, RunStart, StepEnd, TrainEnd, TrainStart
@@ -93,6 +94,12 @@ def experiments():
         return json.loads(reply.read())["experiments"]
 
 
+def waiting_events(folder):
+    """How many events `evsys_logger` has delivered, and how many wait."""
+    [status] = [each for each in read_progress(folder / "journal") if each.name == "evsys_logger"]
+    return status.delivered, status.waiting
+
+
 def record(folder, steps=20):
     """Record an experiment with one run that nobody delivers."""
     ctx = LogContext(folder, run_key="low-s0", config={"name": folder.name})
@@ -169,6 +176,46 @@ def test_a_dashboard_that_starts_imports_the_runs_that_it_is_given(home, tmp_pat
         assert any("imported" in line for line in lines)
         assert [each["name"] for each in experiments()] == ["sweep"]
         process.terminate()
+
+
+def test_what_a_run_records_after_the_dashboard_was_stopped_is_there_when_it_is_started_again(dashboard, tmp_path):
+    folder = tmp_path / "sweep"
+    ctx = LogContext(folder, run_key="low-s0", config={"name": "sweep"})
+    state = LoopState(0, 40, folder / "low-s0", ctx=ctx)
+    with EventBus([EvsysLoggerCallback()], journal=folder / "journal") as bus:
+        bus.publish(RunStart(ctx))
+        bus.publish(TrainStart(state))
+        for step in range(40):
+            bus.publish(StepEnd(state, step, metrics={"loss": 1.0 / (1 + step)}))
+            if step == 20:
+                wait_until(lambda: experiments() and waiting_events(folder) == (23, 0))
+                assert evsys_bus("dash", "--stop")[0] == 0
+        bus.publish(TrainEnd(state, LoopArtifacts()))
+        bus.publish(RunEnd(ctx, RunResult("low-s0"), ArmResult("low")))
+    [delivery] = bus.receipt.deliveries
+    assert (delivery.delivered, delivery.waiting, delivery.pending) == (23, 21, 0)
+    assert f"evsys-bus dash --import {folder / 'journal'}" in str(bus.receipt)
+    with subprocess.Popen([EVSYS_BUS, "dash", "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            wait_until(lambda: experiments()[0]["state"] == "completed")
+            wait_until(lambda: waiting_events(folder) == (44, 0))
+        finally:
+            process.terminate()
+    check_database(tmp_path / "data" / "evsys-bus" / "dashboard.sqlite", folder / "journal")
+
+
+def test_an_import_ends_the_waiting_of_the_run(dashboard, tmp_path):
+    folder = tmp_path / "sweep"
+    state_path().rename(tmp_path / "hidden.json")
+    ctx = LogContext(folder, run_key="low-s0", config={"name": "sweep"})
+    with EventBus([EvsysLoggerCallback()], journal=folder / "journal") as bus:
+        bus.publish(RunStart(ctx))
+    assert waiting_events(folder) == (0, 2)
+    (tmp_path / "hidden.json").rename(state_path())
+    assert evsys_bus("dash", "--import", folder)[0] == 0
+    assert waiting_events(folder) == (2, 0)
+    assert "nothing is pending" in evsys_bus("sync", folder)[2]
 
 
 @pytest.mark.long

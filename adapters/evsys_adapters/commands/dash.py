@@ -120,8 +120,8 @@ def command(
         screen.note("Ctrl-C ends it")
         if browser:
             open_browser(state)
-        if journals:  # on a thread: the loop that calls this has to answer the import
-            threading.Thread(target=_import_noting_errors, args=(state, journals, screen), daemon=True).start()
+        # On a thread: the loop that calls this has to answer the imports.
+        threading.Thread(target=_import_noting_errors, args=(state, journals, screen), daemon=True).start()
 
     path = default_database() if db is None else db
     serve(path, host=host, port=port, open_loopback=open_loopback, keep_days=keep_days, on_ready=on_ready)
@@ -215,13 +215,39 @@ def import_journals(state: DashboardState, journals: Sequence[Path | str], scree
             time.sleep(_POLL_SECONDS)
         seconds = time.monotonic() - began
         screen.note(f"imported {journal}   {events:,} events   {format_duration(seconds)}")
+        _deliver_waiting(journal, screen)
 
 
 def _import_noting_errors(state: DashboardState, journals: Sequence[Path | str], screen: Screen) -> None:
+    """Import journals, and see to those that the dashboard imports by itself as it starts."""
     try:
         import_journals(state, journals, screen)
+        while True:
+            found: list[dict[str, Any]] = _request(state, "GET", "/api/import").get("imports") or []
+            if not any(each["state"] in {"waiting", "running"} for each in found):
+                break
+            time.sleep(_POLL_SECONDS)
+        for each in found:
+            if each["state"] == "completed":
+                _deliver_waiting(each["journal"], screen)
     except DashboardError as error:
         screen.note(str(error))
+
+
+def _deliver_waiting(journal: str, screen: Screen) -> None:
+    """Deliver the events of a journal that wait for a dashboard: it has them, but the status is still `waiting`."""
+    rows = _sync(journal, "--dry-run", "--json").stdout.splitlines()
+    waiting = [row["adapter"] for row in map(msgspec.json.decode, rows) if row.get("waiting")]
+    if waiting:
+        done = _sync(journal, *(word for name in waiting for word in ("--adapter", name)))
+        if done.returncode:
+            screen.note(done.stderr.strip())
+
+
+def _sync(journal: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run ``evsys-bus sync``; in a process, because it handles signals, which only a main thread can."""
+    command = [sys.executable, "-P", "-c", _MAIN, "sync", journal, *options]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)  # noqa: S603 # our own interpreter
 
 
 def _request(state: DashboardState, method: str, path: str, body: object = None) -> dict[str, Any]:

@@ -554,6 +554,10 @@ class Catalogue:
         """Record which journal holds a stream; inside a transaction."""
         self.records.set_journal(stream, journal)
 
+    def journals(self) -> list[str]:
+        """Return the paths of all journals whose events have come."""
+        return list(dict.fromkeys([*self.records.journals(), *self.details.journals()]))
+
     def call(self, op: str, args: dict[str, Any], time: float, changes: Changes) -> Any:  # what the client gets
         """Carry out a call of a client of the hosted service that changes something; inside a transaction.
 

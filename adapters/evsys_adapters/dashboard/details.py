@@ -192,6 +192,10 @@ class Details:
             *(journal, kind, name, time, json_text(body)),
         )
 
+    def journals(self) -> list[str]:
+        """Return the journals about which couriers have reported."""
+        return [str(name) for (name,) in self._database.query("SELECT DISTINCT journal FROM journal_status")]
+
     def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
         """Return what is known about these journals, by kind and name."""
         found: list[JournalStatus] = []

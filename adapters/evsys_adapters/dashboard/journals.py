@@ -6,7 +6,7 @@ restored, and then purged.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -88,12 +88,9 @@ def read_batches(journal: str | os.PathLike[str], watermark: Callable[[str], int
     Raises:
         JournalVersionError: A newer version has written a part of it.
     """
-    reader, disk = JournalReader(journal), OsDisk()
+    reader = JournalReader(journal)
     known = {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
-    total = 0
-    for stream, sequence in known.items():
-        newest = next(read_newest_first(disk, reader.directory, stream), None)
-        total += 0 if newest is None else max(0, newest.sequence - sequence)
+    total = _count_missing(reader, known)
     for stream, sequence in known.items():
         after, payloads, size = sequence, list[bytes](), 0
         last = sequence
@@ -107,6 +104,30 @@ def read_batches(journal: str | os.PathLike[str], watermark: Callable[[str], int
             last = record.sequence
         if payloads:
             yield Batch(stream, after, payloads, total)
+
+
+def has_missing(journal: str | os.PathLike[str], watermark: Callable[[str], int]) -> bool:
+    """Whether a journal has events that a database does not have.
+
+    Args:
+        journal: Its directory, which may be gone.
+        watermark: As of `read_batches`.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    reader = JournalReader(journal)
+    known = {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
+    return _count_missing(reader, known) > 0
+
+
+def _count_missing(reader: JournalReader, watermarks: Mapping[str, int]) -> int:
+    """Return about how many events follow these watermarks."""
+    total = 0
+    for stream, sequence in watermarks.items():
+        newest = next(read_newest_first(OsDisk(), reader.directory, stream), None)
+        total += 0 if newest is None else max(0, newest.sequence - sequence)
+    return total
 
 
 def import_journal(store: Store, path: str | os.PathLike[str], on_progress: Progress | None = None) -> Imported:

@@ -91,6 +91,8 @@ class DashboardApp:
         self._imports: Final = JournalImports(store, self._ingester)
         self._keep_days: Final = settings.keep_days
         self._retention_seconds: Final = settings.retention_seconds
+        self._missing_started: Final = anyio.Event()
+        """Set once the imports are known that the start of the server leads to."""
         self._last_ingest = time.monotonic()
         self._version: Final = version("evsys-bus")
         self._page: Final = PageFiles(settings.page_folder)
@@ -126,6 +128,7 @@ class DashboardApp:
             Route("/api/openapi.json", self._openapi),
             Route("/api/ingest", self._ingest, methods=["POST"]),
             Route("/api/import", self._start_import, methods=["POST"]),
+            Route("/api/import", self._all_imports),
             Route("/api/import/{id}", self._import_progress),
             Route("/api/home", self._home),
             Route("/api/experiments/{id}", self._experiment),
@@ -145,9 +148,14 @@ class DashboardApp:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
             tasks.start_soon(self._imports.run)
+            tasks.start_soon(self._start_missing)
             tasks.start_soon(partial(remove_old, self._store, self._keep_days, first_seconds=self._retention_seconds))
             yield
             tasks.cancel_scope.cancel()
+
+    async def _start_missing(self) -> None:
+        await self._imports.start_missing()
+        self._missing_started.set()
 
     async def _health(self, request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):  # a browser: the page of that name
@@ -188,6 +196,10 @@ class DashboardApp:
         if not isinstance(journal, str):
             raise AnswerError(400, "journal", "`journal` is missing", fix='send {"journal": "/path/of/a/journal"}')
         return json_response({"import": self._imports.start(journal)}, HTTPStatus.ACCEPTED)
+
+    async def _all_imports(self, _: Request) -> Response:
+        await self._missing_started.wait()
+        return json_response(self._imports.progress_of_all())
 
     async def _import_progress(self, request: Request) -> Response:
         return json_response(self._imports.progress(request.path_params["id"]))

@@ -83,6 +83,24 @@ class JournalImports:
             self._imports.pop(next(done, ""), None)
         return id_
 
+    async def start_missing(self) -> None:
+        """Import what known journals of this machine have beyond the database: of runs that it did not see end."""
+        try:
+            known = await self._store.call(lambda store: store.catalogue.journals())
+            for journal in known:
+                try:
+                    if await anyio.to_thread.run_sync(journals.has_missing, journal, self._watermark):
+                        self.start(journal)
+                except (EvsysBusError, OSError, ValueError) as error:
+                    log().warning("dashboard.journal_unreadable", journal=journal, why=str(error))
+        except AnswerError as error:  # the database cannot be used now, or too many wait
+            fix = "evsys-bus dash --import RUN"
+            log().warning("dashboard.imports_not_started", why=error.message, fix=fix)
+
+    def progress_of_all(self) -> dict[str, Any]:
+        """Return how far each import is, the newest last."""
+        return {"imports": [{"import": id_, **msgspec.to_builtins(each)} for id_, each in self._imports.items()]}
+
     def progress(self, id_: str) -> dict[str, Any]:
         """Return how far an import is. Raises AnswerError if it is not known."""
         known = self._imports.get(id_)

@@ -50,6 +50,14 @@ _ERROR: Final = _json(
         limit={**_INTEGER, "description": "Of 413: how many bytes a body may have."},
     )
 )
+_IMPORT: Final = _object(
+    "journal state events of error",
+    journal=_TEXT,
+    state=_choice("waiting", "running", "completed", "failed"),
+    events=_INTEGER,
+    of=_OPTIONAL_INTEGER,
+    error={"type": ["string", "null"]},
+)
 _ERRORS: Final[Json] = {
     "400": _answer("The request cannot be understood.", _ERROR),
     "401": _answer("The token is missing or wrong.", _ERROR),
@@ -218,16 +226,27 @@ DESCRIPTION: Final[Json] = {
                 parameters=[
                     _parameter("stream", "query", _TEXT, "The stream."),
                     _parameter("after", "query", _INTEGER, "The last sequence number that the client knows as stored."),
+                    _parameter("journal", "query", _TEXT, "Path of the journal that holds the stream."),
                     _parameter("Content-Encoding", "header", _choice("identity", "gzip", "zstd"), "Of the body."),
                 ],
             )
         },
         "/api/import": {
+            "get": _operation(
+                "All imports since the start",
+                {
+                    "200": _answer(
+                        "Their states; the first ones are those that the start has led to: of known journals with "
+                        "events that the database lacks.",
+                        _json(_object("imports", imports=_list(_IMPORT))),
+                    )
+                },
+            ),
             "post": _operation(
                 "Import a journal of the server's machine",
                 {"202": _answer("It is being imported.", _json(_object("import", **{"import": _TEXT})))},
                 body=_json(_object("journal", journal={**_TEXT, "description": "An absolute path."})),
-            )
+            ),
         },
         "/api/import/{id}": {
             "get": _operation(
@@ -235,15 +254,7 @@ DESCRIPTION: Final[Json] = {
                 {
                     "200": _answer(
                         "Its state.",
-                        _json(
-                            _object(
-                                "state events of error",
-                                state=_choice("waiting", "running", "completed", "failed"),
-                                events=_INTEGER,
-                                of=_OPTIONAL_INTEGER,
-                                error={"type": ["string", "null"]},
-                            )
-                        ),
+                        _json(_IMPORT),
                     ),
                     "404": _answer("No such import.", _ERROR),
                 },
