@@ -38,13 +38,15 @@ def chromium() -> Generator[Any]:
 
 
 class Tab:
-    """A tab that remembers what the browser complained about."""
+    """A tab that remembers what the browser complained about, and what it requested."""
 
     def __init__(self, browser: Any, width: int = 1280, height: int = 800) -> None:
         self.page: Any = browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.complaints: list[str] = []
         self.page.on("console", self._add_complaint)
+        self.requests: list[Any] = []
         self.page.on("pageerror", self._add_error)
+        self.page.on("request", self._add_request)
 
     def _add_complaint(self, message: Any) -> None:
         if message.type in {"error", "warning"}:
@@ -52,6 +54,9 @@ class Tab:
 
     def _add_error(self, error: Any) -> None:
         self.complaints.append(str(error))
+
+    def _add_request(self, request: Any) -> None:
+        self.requests.append(request)
 
     def open(self, url: str, until: str) -> None:
         """Open a page, with the token in the fragment, and wait for a JavaScript expression to be true."""

@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.evals import EvalRow, PredictionFilter
 from evsys_adapters.dashboard.pages import Json
@@ -14,7 +13,7 @@ from evsys_adapters.dashboard.records import RunRecord
 from evsys_adapters.dashboard.series import SeriesInfo
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import finite
-from evsys_adapters.dashboard.views import RunValues, find_experiment, shown_arm, shown_arms
+from evsys_adapters.dashboard.views import NO_UPLOAD, RunValues, find_experiment, shown_arm, shown_arms, uploads_of
 from evsys_bus.context import spread_of
 
 PAGE_ROWS: Final = 50
@@ -24,13 +23,6 @@ _MAX_CHECKPOINTS: Final = 5_000
 _MAX_SIBLINGS: Final = 24
 _EVAL_BITS: Final = 24
 """Of the id of a prediction, those that count within its eval."""
-_UPLOAD_EVENTS: Final = {
-    "upload_progress": "uploading",
-    "checkpoint_uploaded": "uploaded",
-    "checkpoint_conflict": "conflict",
-    "checkpoint_pruned": "removed",
-}
-_MAX_UPLOAD_EVENTS: Final = 2_000
 _MAX_READ_POINTS: Final = 200_000
 _LOOK_BACK: Final = 4_096
 """Of a longer series, how many steps before a checkpoint its value may lie."""
@@ -46,7 +38,9 @@ def evals(store: Store, public_id: str, now: float | None = None) -> Json:
     page = pages.experiment(store, public_id, now)
     assert page is not None
     runs = store.catalogue.records.runs(record.id)
-    names = list(dict.fromkeys(name for run in runs for name in run.eval_names))[:_MAX_EVAL_NAMES]
+    known = dict.fromkeys(name for run in runs for name in run.eval_names)
+    headlines = [each["name"] for each in page["headlines"] if each["name"] in known]
+    names = list(dict.fromkeys([*headlines, *known]))[:_MAX_EVAL_NAMES]
     values = {run.id: RunValues(run, store.series.names(run.id)) for run in runs}
     by_arm: dict[str, list[RunRecord]] = {name: [] for name in shown_arms(record, runs)}
     for run in runs:
@@ -133,41 +127,45 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
     catalogue = store.catalogue
     shown = [each["name"] for each in page["headlines"]]
     runs = catalogue.records.runs(record.id)
-    uploads = _uploads(store, runs)
+    uploads = uploads_of(store, runs)
     rows: list[Json] = []
     for run in runs:
         series = RunValues(run, store.series.names(run.id)).series
         of_run = catalogue.details.checkpoints(run.id)
-        for each in of_run:
-            upload = uploads.get((run.key, each["name"]), {})
-            rows.append(
-                {
-                    **{name: each.get(name) for name in ("name", "step", "rank", "time", "epoch", "stopped")},
-                    "path": each.get("state_path") or each.get("sampler_path"),
-                    "sampler": each.get("sampler_path"),
-                    "run": run.public,
-                    "run_name": run.key,
-                    "arm": shown_arm(run),
-                    "seed": run.seed,
-                    "upload": upload.get("state"),
-                    "url": upload.get("url"),
-                    "bytes": upload.get("bytes"),
-                    "values": [],
-                }
-            )
+        rows += [
+            {
+                **{name: each.get(name) for name in ("name", "step", "rank", "time", "epoch", "stopped")},
+                "path": each.get("state_path") or each.get("sampler_path"),
+                "sampler": each.get("sampler_path"),
+                "run": run.public,
+                "run_name": run.key,
+                "arm": shown_arm(run),
+                "seed": run.seed,
+                **uploads.get((run.key, each["name"]), NO_UPLOAD),
+                "values": [],
+            }
+            for each in of_run
+        ]
         recent = rows[len(rows) - len(of_run) :]
         for name in shown:
             at = _values_at(store, series.get(name), [row["step"] for row in recent])
             for row, value in zip(recent, at, strict=True):
                 row["values"].append(value)
     rows.sort(key=lambda row: -row["time"])
+    has_values = [any(row["values"][place] is not None for row in rows) for place in range(len(shown))]
+    for row in rows:
+        row["values"] = [value for value, has_value in zip(row["values"], has_values, strict=True) if has_value]
     return {
         "id": record.public,
         "name": record.name,
         "state": page["state"],
         "now": clock.time() if now is None else now,
         "arms": shown_arms(record, runs),
-        "shown": [{"name": each["name"], "direction": each["direction"]} for each in page["headlines"]],
+        "shown": [
+            {"name": each["name"], "direction": each["direction"]}
+            for each, has_value in zip(page["headlines"], has_values, strict=True)
+            if has_value
+        ],
         "total": len(rows),
         "rows": rows[:_MAX_CHECKPOINTS],
     }
@@ -245,22 +243,6 @@ def _values_at(store: Store, info: SeriesInfo | None, steps: Sequence[int]) -> l
         place = int(np.searchsorted(line.x, step, side="right")) - 1
         values.append(None if place < 0 else finite(float(line.last[place])))
     return values
-
-
-def _uploads(store: Store, runs: Sequence[RunRecord]) -> dict[tuple[str, str], Json]:
-    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint."""
-    found: dict[tuple[str, str], Json] = {}
-    details = store.catalogue.details
-    for owner, key in [(0, None), *((run.id, run.key) for run in runs)]:
-        for tag in details.event_counts(owner):
-            state = _UPLOAD_EVENTS.get(tag.rpartition(".")[2])
-            for event in [] if state is None else details.kept_events(owner, tag, _MAX_UPLOAD_EVENTS):
-                about = fields(event["fields"])
-                name = (key or str(about.get("run")), str(about.get("checkpoint")))
-                if name not in found or found[name]["time"] < event["time"]:
-                    size = about.get("bytes") or about.get("total_bytes")
-                    found[name] = {"state": state, "url": about.get("url"), "bytes": size, "time": event["time"]}
-    return found
 
 
 def decode_filter(text: str) -> PredictionFilter:

@@ -135,6 +135,12 @@ def direction_of(metric: str) -> Direction | None:
     return "max" if words & _LARGER_IS_BETTER else None
 
 
+def natural_order(name: str) -> tuple[object, ...]:
+    """Return a key to sort names by in which numbers are in the order of their values."""
+    parts = re.split("([0-9]+)", name)
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts))
+
+
 class _Arm(NamedTuple):
     name: str
     runs: list[RunRecord]
@@ -269,6 +275,21 @@ class _View:
             return names[0] if len(names) == 1 else None
         return None
 
+    def _lead(self) -> Json | None:
+        """Return how far the best arm is ahead of the second one, by the first headline that both have values of."""
+        winner = self._winner()
+        if winner is None:
+            return None
+        for name, direction, _ in self._headlines:
+            spreads = {arm.name: self._spread(arm, name) for arm in self._arms}
+            means = {arm: spread.mean for arm, spread in spreads.items() if spread.mean is not None}
+            own = means.pop(winner, None)
+            if own is None or direction is None or not means:
+                continue
+            second = (min if direction == "min" else max)(means, key=lambda arm: means[arm])
+            return {"arm": winner, "second": second, "metric": name, **_delta(spreads[winner], spreads[second])}
+        return None
+
     def _is_complete(self, arm: _Arm) -> bool:
         return not any(self._states[run.id] in _LEFT_OUT for run in arm.runs)
 
@@ -394,6 +415,7 @@ class _View:
             "counts": self._counts(),
             "headlines": [each._asdict() for each in self._headlines],
             "arms": self._arm_rows(baseline),
+            "lead": self._lead(),
             "runs": [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()],
             "metrics": self._metric_rows(),
             "same": _same(configs.values(), varying),
@@ -477,7 +499,7 @@ class _View:
             place = places.get(name, _MAX_HEADLINES)
             order = (
                 *(constant is not None and name not in places, place, name.startswith(_NOT_COMPARED)),
-                *(not is_goal(name), -self._separation(name), name),
+                *(not is_goal(name), -self._separation(name), natural_order(name)),
             )
             rows.append((order, row))
         return [row for _, row in sorted(rows, key=lambda each: each[0])]

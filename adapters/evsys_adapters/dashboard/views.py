@@ -19,7 +19,7 @@ from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import finite, numbers_below
 from evsys_bus.filters import parse_filter
 from evsys_bus.reading import JOURNAL, RecordedRun
-from evsys_bus.reading.fields import BEST, RunFields, differing_keys
+from evsys_bus.reading.fields import BEST, RunFields, differing_keys, is_goal
 from evsys_bus.tasks import DeliveryStatus
 
 MAX_COMPARED: Final = 24
@@ -31,6 +31,15 @@ _MAX_LINE: Final = 300
 _MAX_EVALS: Final = 300
 _MAX_CONTENTS: Final = 300
 _MAX_STATUSES: Final = 2_000
+_UPLOAD_EVENTS: Final = {
+    "upload_progress": "uploading",
+    "checkpoint_uploaded": "uploaded",
+    "checkpoint_conflict": "conflict",
+    "checkpoint_pruned": "removed",
+}
+_MAX_UPLOAD_EVENTS: Final = 2_000
+NO_UPLOAD: Final[Mapping[str, None]] = {"upload": None, "url": None, "bytes": None}
+"""What is known of the upload of a checkpoint that no courier has reported."""
 _TRAIN: Final = "train/"
 _ENDED: Final = frozenset({"completed", "failed", "cancelled", "stopped"})
 _SYNONYMS: Final = {"name": "run", "id": "run", "status": "state", "tag": "tags", "step": "steps"}
@@ -58,10 +67,18 @@ class RunValues:
 
     def best(self, name: str, direction: Direction | None) -> float | None:
         """Return the best value; None if it is not known which ones are better."""
-        info = self.series.get(name) or self.series.get(f"{_TRAIN}{name}")
-        if info is None or direction is None:
+        if direction is None:
             return None
-        return info.min if direction == "min" else info.max
+        info = self.series.get(name) or self.series.get(f"{_TRAIN}{name}")
+        values = [] if info is None else [info.min if direction == "min" else info.max]
+        values += [self._run.finals[each] for each in (name, f"{_TRAIN}{name}") if each in self._run.finals]
+        found = [value for each in values if (value := _finite(each)) is not None]
+        return (min if direction == "min" else max)(found, default=None)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its series, and of its results after training."""
+        return list(dict.fromkeys([*self.series, *self._run.finals]))
 
 
 class _FilteredRun:
@@ -189,11 +206,18 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     values = RunValues(record, store.series.names(record.id))
     evals = catalogue.evals.of_run(record.id)
     contents = catalogue.details.contents(record.id)
-    journal = _journal_of(record.path)
-    statuses = catalogue.details.statuses([] if journal is None else [journal])
+    runs = catalogue.records.runs(experiment.id)
+    journal, statuses, recorded = None, list[JournalStatus](), list[RunRecord]()
+    for folder, each in ((record.path, [record]), (experiment.path, runs)):  # that of the run, or of its experiment
+        journal = _journal_of(folder)
+        statuses = catalogue.details.statuses([] if journal is None else [journal])
+        if statuses:
+            recorded = each
+            break
+    uploads = uploads_of(store, [record])
     return {
         **_run_head(record, experiment, now),
-        "arms": shown_arms(experiment, catalogue.records.runs(experiment.id)),
+        "arms": shown_arms(experiment, runs),
         "rank": record.rank,
         "group": record.group,
         "stop_reason": record.stop_reason,
@@ -209,7 +233,10 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
         "metrics": _metric_rows(values),
         "evals": [_eval_row(each) for each in reversed(evals[-_MAX_EVALS:])],
         "eval_count": len(evals),
-        "checkpoints": catalogue.details.checkpoints(record.id),
+        "checkpoints": [
+            {**each, **uploads.get((record.key, each["name"]), NO_UPLOAD)}
+            for each in catalogue.details.checkpoints(record.id)
+        ],
         "alerts": [
             {"title": each.title, "text": each.text[:_MAX_TEXT], "level": each.level, "time": each.time}
             for each in catalogue.details.alerts([record.id])
@@ -223,7 +250,8 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             for each in contents[-_MAX_CONTENTS:]
         ],
         "events": catalogue.details.event_counts(record.id),
-        **_journal_rows(statuses, record, now),
+        "journal": journal if statuses else None,
+        **_journal_rows(statuses, recorded, now),
     }
 
 
@@ -259,16 +287,18 @@ def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -
     configs = [RunFields(_recorded(record)).config for record, _ in found]
     differing = differing_keys([RunFields(_recorded(record)) for record, _ in found]) if found else []
     values = [RunValues(record, store.series.names(record.id)) for record, _ in found]
-    names = list(dict.fromkeys(name for each in values for name in each.series))
+    names = list(dict.fromkeys(name for each in values for name in each.names))
     metrics: list[Json] = [
         {
             **_metric_row(name, [each.series[name] for each in values if name in each.series]),
+            "runs": sum(name in each.names for each in values),
             "last": [_finite(each.last(name)) for each in values],
             "best": [_finite(each.best(name, direction_of(name))) for each in values],
         }
         for name in names
     ]
-    metrics.sort(key=_compared_order)
+    deciding = {each for _, experiment in found if (each := experiment.success_metric)}
+    metrics.sort(key=lambda row: _compared_order(row, deciding))
     return {
         "now": now,
         "unknown": unknown,
@@ -305,7 +335,7 @@ def health(store: Store, now: float | None = None) -> Json:
                 "experiment": None if experiment is None else {"id": experiment.public, "name": experiment.name},
                 "state": None if record is None else run_state(record, now),
                 "time": max(each.time for each in statuses),
-                **_journal_rows(statuses, record, now),
+                **_journal_rows(statuses, _runs_of(store, record, experiment), now),
             }
         )
     journals.sort(key=lambda each: (not any(row["last_error"] or row["dead"] for row in each["deliveries"]),))
@@ -366,6 +396,24 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
     }
 
 
+def uploads_of(store: Store, runs: Sequence[RunRecord]) -> dict[tuple[str, str], Json]:
+    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint."""
+    found: dict[tuple[str, str], Json] = {}
+    times: dict[tuple[str, str], float] = {}
+    details = store.catalogue.details
+    for owner, key in [(0, None), *((run.id, run.key) for run in runs)]:
+        for tag in details.event_counts(owner):
+            state = _UPLOAD_EVENTS.get(tag.rpartition(".")[2])
+            for event in [] if state is None else details.kept_events(owner, tag, _MAX_UPLOAD_EVENTS):
+                about = fields(event["fields"])
+                name = (key or str(about.get("run")), str(about.get("checkpoint")))
+                if name not in found or times[name] < event["time"]:
+                    size = about.get("bytes") or about.get("total_bytes")
+                    found[name] = {"upload": state, "url": about.get("url"), "bytes": size}
+                    times[name] = event["time"]
+    return found
+
+
 def shown_arm(run: RunRecord) -> str:
     """Return the name of a run's arm, as short as pages need it."""
     return arm_of(run)[:_MAX_LINE]
@@ -396,22 +444,27 @@ def _metric_rows(values: RunValues) -> list[Json]:
 
 
 def _metric_row(name: str, infos: Sequence[SeriesInfo]) -> Json:
-    first = infos[0]
-    is_constant = all(info.constant and info.n > 1 and info.min == first.min for info in infos)
+    first = infos[0] if infos else None
+    is_constant = first is not None and all(info.constant and info.n > 1 and info.min == first.min for info in infos)
     return {
         "name": name,
         "runs": len(infos),
         "points": sum(info.n + info.bad for info in infos),
-        "constant": first.min if is_constant else None,
+        "constant": first.min if first is not None and is_constant else None,
         "section": name.partition("/")[0] if "/" in name else "",
         "direction": direction_of(name),
     }
 
 
-def _compared_order(row: Json) -> tuple[object, ...]:
-    """Order metrics: those that all runs have and that decide first, constants last."""
-    is_apart = row["section"] in {"system", "epoch"}
-    return (row["constant"] is not None, -row["runs"], is_apart, row["direction"] is None, row["name"])
+def _compared_order(row: Json, deciding: Collection[str]) -> tuple[object, ...]:
+    """Order metrics: those that decide first, then those that all runs have, constants last."""
+    name, is_apart = row["name"], row["section"] in {"system", "epoch"}
+    decides = name in deciding or name.removeprefix(_TRAIN) in deciding
+    is_better_known = row["direction"] is not None
+    return (
+        *(not decides, row["constant"] is not None, -row["runs"], is_apart),
+        *(not is_goal(name), not is_better_known, pages.natural_order(name)),
+    )
 
 
 def _eval_row(row: EvalRow) -> Json:
@@ -432,8 +485,23 @@ def _journal_of(path: str | None) -> str | None:
     return None if not path else f"{path.rstrip('/')}/{JOURNAL}"
 
 
-def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now: float) -> Json:
-    """Return the deliveries of a journal, the times of its hooks, and whether all of a finished run has arrived."""
+def _runs_of(store: Store, run: RunRecord | None, experiment: ExperimentRecord | None) -> Sequence[RunRecord]:
+    """Return the runs that a journal is of."""
+    if run is not None:
+        return [run]
+    return [] if experiment is None else store.catalogue.records.runs(experiment.id)
+
+
+def _journal_rows(statuses: Sequence[JournalStatus], runs: Sequence[RunRecord], now: float) -> Json:
+    """Return the deliveries of a journal, the times of its hooks, and whether all of it has arrived once it is ended.
+
+    Args:
+        statuses: What couriers have reported of it.
+        runs: Those that are recorded in it.
+        now: The time by which runs count as stalled.
+    """
+    steps = sum(run.step + 1 for run in runs if run.step is not None)
+    seconds = sum(_seconds(run, now) or 0.0 for run in runs if run.step is not None)
     deliveries: list[Json] = []
     hooks: list[Json] = []
     for each in statuses:
@@ -441,16 +509,21 @@ def _journal_rows(statuses: Sequence[JournalStatus], run: RunRecord | None, now:
             deliveries.append(_delivery_row(each))
         else:
             found = map(fields, list_or_empty(each.body))
-            hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, run)} for hook in found]
+            hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, steps)} for hook in found]
     hooks.sort(key=lambda each: -(each["per_step"] or 0.0))
     receipt = None
-    if run is not None and run_state(run, now) in _ENDED and deliveries:
+    if runs and deliveries and all(run_state(run, now) in _ENDED for run in runs):
         receipt = {
             "complete": not any(each["pending"] or each["owed"] or each["dead"] for each in deliveries),
             **{name: sum(each[name] for each in deliveries) for name in ("recorded", "delivered", "dead", "pending")},
             "owed": sum(each["owed"] for each in deliveries),
         }
-    return {"deliveries": deliveries, "hooks": hooks, "receipt": receipt, "step_seconds": _step_seconds(run, now)}
+    return {
+        "deliveries": deliveries,
+        "hooks": hooks,
+        "receipt": receipt,
+        "step_seconds": seconds / steps if steps and seconds else None,
+    }
 
 
 def _delivery_row(status: JournalStatus) -> Json:
@@ -472,18 +545,12 @@ def _delivery_row(status: JournalStatus) -> Json:
     }
 
 
-def _step_seconds(run: RunRecord | None, now: float) -> float | None:
-    """Return how long a step of the run takes on average, with all that happens between steps."""
-    seconds = None if run is None else _seconds(run, now)
-    return None if run is None or run.step is None or not seconds else seconds / (run.step + 1)
-
-
-def _per_step(hook: Mapping[str, Any], run: RunRecord | None) -> float | None:
-    """Return the seconds that a hook takes of each step of the run."""
+def _per_step(hook: Mapping[str, Any], steps: int) -> float | None:
+    """Return the seconds that a hook takes of each step."""
     calls, mean = hook.get("calls"), hook.get("mean_seconds")
-    if run is None or run.step is None or not isinstance(calls, int) or not isinstance(mean, int | float):
+    if not steps or not isinstance(calls, int) or not isinstance(mean, int | float):
         return None
-    return calls * mean / (run.step + 1)
+    return calls * mean / steps
 
 
 def _short(values: Mapping[str, Any]) -> Json:
