@@ -38,6 +38,13 @@ def page_for_browsers(page: _Handler, other: _Handler) -> _Handler:
     return answer
 
 
+def _decode_id(text: str) -> int:
+    """Return a number that a column can have. Raises ValueError."""
+    if not (text.isascii() and text.isdecimal() and int(text[:20]) <= _MAX_ID):
+        raise ValueError(f"{text[:100]!r} is no number of a step or a row")
+    return int(text)
+
+
 class ViewRoutes:
     """Answers with what `views` reads.
 
@@ -61,13 +68,19 @@ class ViewRoutes:
             Route("/api/runs/{id}", self._run),
             Route("/api/runs/{id}/events", self._events),
             Route("/api/compare", self._compare),
+            Route("/api/compare/predictions", self._paired),
             Route("/api/health", self._health),
         ]
 
     async def _runs(self, request: Request) -> Response:
         query = request.query_params
         text, metrics = query.get("q", "")[:_MAX_FILTER_CHARS], query.getlist("metric")
-        return await self._answer(request, lambda store: views.runs(store, request.path_params["id"], text, metrics))
+        try:
+            at = [(_decode_id(step), name) for step, _, name in (each.partition(":") for each in query.getlist("at"))]
+        except ValueError as error:
+            raise AnswerError(400, "query", str(error), fix="send &at=STEP:METRIC") from error
+        id_ = request.path_params["id"]
+        return await self._answer(request, lambda store: views.runs(store, id_, text, metrics, at=at))
 
     async def _evals(self, request: Request) -> Response:
         return await self._answer(request, lambda store: eval_views.evals(store, request.path_params["id"]))
@@ -128,6 +141,16 @@ class ViewRoutes:
 
     async def _compare(self, request: Request) -> Response:
         return await self._answer(request, lambda store: views.compare(store, request.query_params.getlist("r")))
+
+    async def _paired(self, request: Request) -> Response:
+        query = request.query_params
+        try:
+            after = _decode_id(query["after"]) if query.get("after") else None
+            pick = msgspec.convert(query.get("pick", "all"), eval_views.Pick)
+        except (ValueError, msgspec.ValidationError) as error:
+            raise AnswerError(400, "query", str(error), fix="send ?r=ID&r=ID&eval=NAME&pick=all") from error
+        runs, name = query.getlist("r"), query.get("eval", "")
+        return await self._answer(request, lambda store: eval_views.paired(store, runs, name, pick, after))
 
     async def _health(self, request: Request) -> Response:
         return await self._answer(request, views.health)
