@@ -295,6 +295,7 @@ def test_the_page_of_evals_finds_predictions_and_opens_one_as_its_url_has_them(
         ("/api/predictions/99999999999999999999", 404),
         ("/api/predictions/x", 404),
         ("/api/runs/none", 404),
+        ("/api/runs/none/events", 404),
         ("/api/experiments/none/runs", 404),
         ("/api/experiments/none/evals", 404),
         ("/api/experiments/none/checkpoints", 404),

@@ -5,8 +5,8 @@ import { slotsOf } from "./colours";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, duration, number, setting, shortened } from "./format";
-import { ExperimentNav, type PageProps } from "./further";
-import { Age, Alerts, Fact, Failure, Link, Loading, Progress, Prose, Section, StateWord, useTitle } from "./parts";
+import { type PageProps, RunTitle } from "./further";
+import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Section, useTitle } from "./parts";
 import type { Alert, Metric, RunHead } from "./types";
 
 interface EvalRow {
@@ -73,20 +73,10 @@ export function RunPage({ id }: PageProps) {
 }
 
 function Head({ run }: { run: RunAnswer }) {
-  const { experiment, step, num_steps } = run;
-  const done = num_steps && step !== null ? (step + 1) / num_steps : null;
+  const { step, num_steps } = run;
   return (
     <section class="head">
-      <div class="title">
-        <p class="trail">
-          <Link to={`/e/${encodeURIComponent(experiment.id)}`}>{shortened(experiment.name, 80)}</Link>
-          <span class="muted"> / </span>
-        </p>
-        <h1>{shortened(run.name, 300)}</h1>
-        <StateWord state={run.state} />
-        {run.state === "running" && <Progress value={done} state={run.state} />}
-        <ExperimentNav id={experiment.id} current={null} />
-      </div>
+      <RunTitle run={run} current="" />
       <p class="facts">
         {run.arm !== run.name && <Fact label="arm">{shortened(run.arm, 120)}</Fact>}
         {run.seed !== null && <Fact label="seed">{run.seed}</Fact>}

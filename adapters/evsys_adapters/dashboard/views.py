@@ -255,6 +255,18 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     }
 
 
+def run_record_and_head(store: Store, public_id: str, now: float | None = None) -> tuple[RunRecord, Json]:
+    """Return the record of a run, and what each page of it shows first.
+
+    Raises:
+        LookupError: There is no such run.
+    """
+    record = _run(store, public_id)
+    experiment = store.catalogue.records.experiment(record.experiment)
+    assert experiment is not None
+    return record, _run_head(record, experiment, clock.time() if now is None else now)
+
+
 def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -> Json:
     """Return several runs side by side: what differs in their configs, and their metrics.
 

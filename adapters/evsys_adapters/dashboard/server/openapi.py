@@ -140,6 +140,16 @@ _VIEWS: Final[Json] = {
         [_parameter("id", "path", _TEXT, "The run.")],
         none="No such run.",
     ),
+    "/api/runs/{id}/events": _view(
+        "The events of a run, newest first, page by page: of its journal, else what the database keeps of them",
+        [
+            _parameter("id", "path", _TEXT, "The run."),
+            _parameter("q", "query", _TEXT, "A filter as of the runs; `problem` says what is wrong in it."),
+            _parameter("before", "query", _TEXT, "`next` of the page before."),
+            _parameter("after", "query", _TEXT, "`newest` of an answer: what has come since."),
+        ],
+        none="No such run.",
+    ),
     "/api/compare": _view(
         "Several runs side by side", [_parameter("r", "query", _TEXT, "The id of a run; repeated, up to 24.")]
     ),
