@@ -140,7 +140,7 @@ export class Plot {
     const onAxis = view.log ? (value: number) => (value > 0 ? Math.log10(value) : NaN) : (value: number) => value;
     const column = (values: Float64Array | null) => (values && view.log ? values.map(onAxis) : values);
     const bad = shown.reduce((sum, line) => sum + line.bad, 0);
-    const points = shown.reduce((sum, line) => sum + line.x.length, 0);
+    const points = shown.reduce((sum, line) => sum + line.mean.filter(Number.isFinite).length, 0);
     const below = view.log && shown.some((line) => line.mean.some((value) => value <= 0));
     this.label = [
       `${count(points)} of ${count(chart.total)} points`,
