@@ -599,13 +599,14 @@ def test_the_key_may_appear_with_the_next_run(tmp_path, server, monkeypatch):
     assert len(server.metrics) == 6
 
 
-def test_offline_sends_nothing_and_owes_nothing_and_replay_sends_it_one_day(tmp_path, server, monkeypatch):
+def test_offline_events_wait_and_are_not_owed_and_replay_sends_them_one_day(tmp_path, server, monkeypatch):
     monkeypatch.setenv("EVSYS_OFFLINE", "Yes")
     monkeypatch.delenv("EVSYS_API_KEY")
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal") as bus:
         train(bus, LoopState(0, 3, tmp_path / "run"))
     [delivery] = bus.receipt.deliveries
-    assert (delivery.complete, delivery.owed, server.request_count) == (True, 0, 0)
+    assert (delivery.unfinished, delivery.owed, delivery.delivered, server.request_count) == (False, 0, 0, 0)
+    assert delivery.waiting == delivery.recorded > 0
     monkeypatch.delenv("EVSYS_OFFLINE")
     monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
     command = [

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from support import ROOT
 from support.browser import Tab, chromium
-from support.dashboard_pages import EXPERIMENTS, HOSTILE, STEPS_SO_FAR, PageServer, fill
+from support.dashboard_pages import ARMS, EXPERIMENTS, HOSTILE, STEPS_SO_FAR, PageServer, fill
 
 SOURCES = sorted((ROOT / "web" / "src").glob("*.ts*"))
 
@@ -206,6 +207,32 @@ def test_a_chart_is_saved_as_a_table(reader: Reader, server: PageServer) -> None
     assert head == "line,arm,seed,step,steps_in_bucket,train/loss,sd,min,max"
     assert len(rows) == points
     assert rows[0].startswith("band,adamw lr=3e-4,,0,")
+
+
+def test_a_chart_is_saved_as_a_picture_with_its_title_and_its_legend(reader: Reader, server: PageServer) -> None:
+    reader.open(server, server.experiment, DRAWN)
+    reader.until(drawn("train/grad_norm"))
+    saved: dict[str, bytes] = {}
+    for kind in ("SVG", "PNG"):
+        reader.page.hover(card("train/grad_norm"))
+        with reader.page.expect_download() as download:
+            reader.page.click(f"{card('train/grad_norm')} .files button >> text={kind}")
+        assert download.value.suggested_filename == f"train_grad_norm.{kind.lower()}"
+        saved[kind] = Path(download.value.path()).read_bytes()
+    assert saved["PNG"].startswith(b"\x89PNG")
+    svg = ET.fromstring(saved["SVG"])
+    texts = [each.text for each in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "train/grad_norm"
+    assert set(ARMS) <= set(texts)
+    lines = [each for each in svg.iter("{http://www.w3.org/2000/svg}path") if each.get("fill") == "none"]
+    assert len(lines) == len(ARMS) + 1, "a line for each arm, and one more where its values are not finite"
+    assert reader.complaints == []
+
+
+def test_a_table_of_markdown_has_its_texts_as_they_are() -> None:
+    assert computed("format.ts", "m.markdown([['run', 'loss'], ['a|b <i>\\n', 0.5], ['*c*', null]])") == (
+        "| run | loss |\n| --- | ---: |\n| a\\|b \\<i\\>  | 0.5 |\n| \\*c\\* |  |\n"
+    )
 
 
 def test_a_chart_grows_as_steps_arrive_and_not_while_paused(reader: Reader, growing: PageServer) -> None:

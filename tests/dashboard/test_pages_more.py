@@ -137,7 +137,32 @@ def test_the_list_of_runs_draws_those_in_view_and_keeps_filter_and_order_in_the_
     with tab.page.expect_download() as download:
         tab.page.get_by_role("button", name="CSV").click()
     lines = Path(download.value.path()).read_text().splitlines()
-    assert (len(lines), lines[0].split(",")[:4]) == (12, ["run", "state", "step", "lr"])
+    assert (len(lines), lines[0].split(",")[:4]) == (12, ["run", "state", "steps", "lr"])
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Markdown").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert (len(lines), lines[0].split(" | ")[:3]) == (13, ["| run", "state", "steps"])
+    assert tab.complaints == []
+
+
+def test_a_metric_at_a_step_is_that_of_the_step_or_the_last_one_before_it(store: Store) -> None:
+    at = [(20, "train/loss"), (20, "quiz/accuracy"), (5, "quiz/accuracy"), (QUIZ_STEPS, "train/loss"), (0, "none")]
+    found = views.runs(store, experiment_id(store, QUIZ), at=at)
+    row = next(each for each in found["rows"] if each["name"] == "baseline-s0")
+    right = sum(is_right("baseline", 0, n) for n in range(QUESTIONS)) / QUESTIONS
+    assert row["at"] == [pytest.approx(2 * math.exp(-20 / 12)), pytest.approx(right / 2), None, None, None]
+
+
+def test_a_column_with_a_metric_at_a_step_is_added_and_is_in_the_url(tab: Tab, server: PageServer) -> None:
+    tab.open(f"{server.url}{server.path_of(QUIZ)}/runs", "document.querySelectorAll('tbody tr').length == 4")
+    tab.page.get_by_text("columns", exact=True).click()
+    tab.page.get_by_label("metric", exact=True).select_option("train/loss")
+    tab.page.get_by_label("at step").fill("20")
+    tab.page.keyboard.press("Enter")
+    tab.until("document.querySelector('thead').innerText.includes('train/loss at 20')")
+    tab.until("document.querySelector('tbody').innerText.includes('0.3778')")
+    tab.page.reload()
+    tab.until("document.querySelector('tbody').innerText.includes('0.3778')")
     assert tab.complaints == []
 
 
@@ -295,6 +320,11 @@ def test_the_page_of_evals_finds_predictions_and_opens_one_as_its_url_has_them(
         ("/api/predictions/99999999999999999999", 404),
         ("/api/predictions/x", 404),
         ("/api/runs/none", 404),
+        ("/api/runs/none/events", 404),
+        ("/api/experiments/none/runs?at=x", 400),
+        ("/api/compare/predictions?r=none", 404),
+        ("/api/compare/predictions?pick=c", 400),
+        ("/api/compare/predictions?after=-1", 400),
         ("/api/experiments/none/runs", 404),
         ("/api/experiments/none/evals", 404),
         ("/api/experiments/none/checkpoints", 404),
@@ -347,13 +377,51 @@ def test_compared_runs_show_what_differs_in_their_configs_and_name_those_that_ar
     assert views.compare(store, [])["runs"] == []
 
 
+def test_compared_runs_are_paired_by_task_and_counted_by_who_is_right(store: Store) -> None:
+    names = ("baseline-s0", "with hints-s0", "with hints-s1")
+    ids = [run_id(store, each) for each in names]
+    found = eval_views.paired(store, ids, "quiz")
+    assert (found["names"], [each and each["step"] for each in found["evals"]]) == (["quiz"], [None, None, None])
+    a, b = ([is_right(arm, 0, n) for n in range(QUESTIONS)] for arm in ("baseline", "with hints"))
+    assert found["rows"][3]["scores"] == [a[3], b[3], None]
+    only_a, only_b = (sum(x and not y for x, y in zip(*both, strict=True)) for both in ((a, b), (b, a)))
+    counts = found["counts"]
+    assert (counts["tasks"], counts["a"], counts["b"]) == (QUESTIONS, only_a, only_b)
+    assert counts["both"] + counts["none"] + only_a + only_b == QUESTIONS
+    page = eval_views.paired(store, ids, "quiz", "b")
+    rows = list(page["rows"])
+    while page["next"]:
+        page = eval_views.paired(store, ids, "quiz", "b", int(page["next"]))
+        rows += page["rows"]
+    assert [each["task_id"] for each in rows] == [f"q{n}" for n in range(QUESTIONS) if b[n] and not a[n]]
+    assert eval_views.paired(store, ids[:1], "quiz")["names"] == []
+
+
+def test_the_page_of_compared_runs_shows_their_answers_side_by_side(tab: Tab, server: PageServer, store: Store) -> None:
+    ids = ",".join(run_id(store, each) for each in ("baseline-s0", "with hints-s0"))
+    rows = "document.querySelectorAll('.paired tbody tr').length"
+    tab.open(f"{server.url}/c?r={ids}", f"{rows} == 50")
+    assert "A baseline-s0" in tab.text(".paired thead")
+    tab.page.get_by_label("which tasks").select_option("B right, A wrong")
+    b_only = [n for n in range(QUESTIONS) if is_right("with hints", 0, n) and not is_right("baseline", 0, n)]
+    tab.until(f"{rows} == {min(50, len(b_only))}")
+    assert f"B right, A wrong {len(b_only)}" in tab.text(".predictions .tools")
+    tab.page.locator(".paired .open").first.click()
+    tab.until("document.querySelectorAll('.drawer article').length == 3")
+    tab.page.keyboard.press("Escape")
+    assert tab.text(".compared").count("40 of 40") == 2
+    assert tab.complaints == []
+
+
 def test_runs_of_two_experiments_are_drawn_in_one_chart_on_a_telephone(
     browser: Any, server: PageServer, store: Store
 ) -> None:
     sweep = views.runs(store, experiment_id(store, SWEEP), "arm:lr-7")["rows"][0]["id"]
     ids = f"{run_id(store, 'baseline-s0')},{run_id(store, 'with hints-s0')},{sweep}"
     tab = Tab(browser, 390, 800)
-    tab.open(f"{server.url}/c?r={ids}", "document.querySelectorAll('.card canvas').length >= 1")
+    tab.open(f"{server.url}/c?r={ids}", "!!document.querySelector('.card')")
+    tab.page.locator(".card").first.scroll_into_view_if_needed()
+    tab.page.locator('[aria-label="train/loss"]').scroll_into_view_if_needed()
     assert tab.until(f"document.querySelector('{LOSS}')?.textContent") == "83 of 83 points"
     assert [tab.text(f".legend button:nth-child({n})") for n in (1, 3)] == [
         f"{QUIZ} · baseline-s0",

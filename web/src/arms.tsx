@@ -2,7 +2,7 @@
 import { Fragment } from "preact";
 import { useState } from "preact/hooks";
 import { dashOf, hueOf } from "./colours";
-import { count, number, shortened, valueText, withDeviation } from "./format";
+import { count, number, shortened, stepsDone, valueText, withDeviation } from "./format";
 import { Age, Link, StateWord } from "./parts";
 import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
 import { openArms, highlightedArm, toggled } from "./view";
@@ -140,7 +140,7 @@ function RunRow({ run, varying, headlines }: { run: Run; varying: string[]; head
       <td class="seeds">
         <StateWord state={run.state} />{" "}
         <span class="muted">
-          {run.step === null ? "" : `${count(run.step)}${run.num_steps ? ` of ${count(run.num_steps)}` : ""} ${run.unit ?? "steps"}`}
+          {run.step !== null && `${stepsDone(run)} ${run.unit ?? "steps"}`}
           {run.state === "running" && (
             <>
               {", "}

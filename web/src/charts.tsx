@@ -5,6 +5,7 @@ import { chartOf, fetchChart } from "./api";
 import { Swatch } from "./arms";
 import { canvasColours } from "./colours";
 import { merged } from "./curves";
+import { save } from "./exports";
 import { count, csv, number, shortened } from "./format";
 import { connection, subscribe } from "./live";
 import { Search } from "./parts";
@@ -227,14 +228,18 @@ function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
     setLabel(plot.current.label);
   }, [chart, isLog, smoothing, theme, slots, hidden, order.join("\0")]);
 
-  const fileName = metric.replace(/[^\w.-]+/g, "_").slice(0, 100);
+  const fileName = metric.slice(0, 100);
   return (
     <>
       <div class="plot" ref={host} />
       <p class="corner" title={label}>
         <span class="files">
           <button onClick={() => chart && save(`${fileName}.csv`, new Blob([tableOf(chart.chart)], { type: "text/csv" }))}>CSV</button>
-          <button onClick={async () => save(`${fileName}.png`, (await plot.current?.image()) ?? null)}>PNG</button>
+          {(["png", "svg"] as const).map((kind) => (
+            <button key={kind} onClick={async () => save(`${fileName}.${kind}`, (await plot.current?.image(kind)) ?? null)}>
+              {kind.toUpperCase()}
+            </button>
+          ))}
         </span>
         <span class="drawn">{error || label}</span>
       </p>
@@ -250,15 +255,6 @@ function tableOf({ metric, lines, width }: Chart): string {
     ]),
   );
   return csv([["line", "arm", "seed", "step", "steps_in_bucket", metric, "sd", "min", "max"], ...rows]);
-}
-
-export function save(name: string, blob: Blob | null): void {
-  if (!blob) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
 interface Loaded {

@@ -2,6 +2,7 @@
 import { useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { slotsOf } from "./colours";
+import { Exports } from "./exports";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, counted, number, shortened } from "./format";
 import { ExperimentHead, type PageProps } from "./further";
@@ -56,6 +57,9 @@ export function CheckpointsPage({ id }: PageProps) {
         <span class="muted" role="status">
           {rows.length === found.total ? counted(found.total, "checkpoint") : `${count(rows.length)} of ${counted(found.total, "checkpoint")}`}
         </span>
+        <span class="right">
+          <Exports name={`${found.name}-checkpoints`} rows={() => [columns.map(({ label }) => label), ...rows.map((row) => columns.map(({ value }) => value(row)))]} />
+        </span>
       </div>
       <Failure error={error} />
       {rows.length ? (
@@ -85,16 +89,19 @@ function columnsOf({ shown, rows }: Checkpoints, slots: Map<string, number>): Co
     },
     { id: "name", label: "checkpoint", value: (row) => row.name, text: (row) => row.name },
     { id: "step", label: "step", isNumber: true, value: (row) => row.step, text: (row) => count(row.step) },
-    ...shown.map(
-      ({ name }, i): Column<Row> => ({
+    ...shown.map(({ name, direction }, i): Column<Row> => {
+      const best = bestOf(rows.map((row) => row.values[i] ?? null), direction);
+      const text = (row: Row) => number(row.values[i]);
+      return {
         id: `m:${name}`,
         label: name,
         title: `${name} at that step`,
         isNumber: true,
         value: (row) => row.values[i] ?? null,
-        text: (row) => number(row.values[i]),
-      }),
-    ),
+        text,
+        cell: (row) => (best !== null && row.values[i] === best ? <b title="the best">{`\u2605 ${text(row)}`}</b> : text(row)),
+      };
+    }),
     { id: "time", label: "saved", isNumber: true, width: 11, value: (row) => row.time, text: () => "", cell: (row) => <Age since={row.time} suffix=" ago" /> },
     ...(hasUploads
       ? [
@@ -105,6 +112,12 @@ function columnsOf({ shown, rows }: Checkpoints, slots: Map<string, number>): Co
     ...(hasStops ? [{ id: "stopped", label: "stopped", value: (row: Row) => row.stopped, text: (row: Row) => row.stopped ?? "" }] : []),
     { id: "where", label: "where", width: 60, value: (row) => row.url ?? row.path, text: (row) => row.url ?? row.path ?? "" },
   ];
+}
+
+/** The best of several values; null if it is not known which ones are better. */
+function bestOf(values: (number | null)[], direction: Direction): number | null {
+  const known = values.filter((value) => value !== null);
+  return direction === null || known.length < 2 ? null : known.reduce((a, b) => (direction === "min" ? Math.min(a, b) : Math.max(a, b)));
 }
 
 function Upload({ state }: { state: Row["upload"] }) {

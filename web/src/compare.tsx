@@ -4,15 +4,19 @@ import { useMemo } from "preact/hooks";
 import { Swatch } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
+import { Exports } from "./exports";
 import { type Answer, useFollowed } from "./followed";
-import { count, counted, duration, number, setting as settingText, shortened } from "./format";
+import { count, counted, duration, number, setting as settingText, shortened, stepsDone } from "./format";
 import { Age, Failure, Link, Loading, StateWord, useTitle } from "./parts";
+import { PairedAnswers } from "./paired";
 import type { Metric, RunHead } from "./types";
 import { names } from "./view";
 
 interface Compared extends Answer {
   unknown: string[];
   runs: RunHead[];
+  /** The arms of their experiment, if they are of one. */
+  arms: string[];
   config: { key: string; values: unknown[] }[];
   /** How many keys all of them have alike. */
   same: number;
@@ -27,10 +31,16 @@ export function ComparePage() {
   const [compared, error] = useFollowed<Compared>(`/api/compare?${query}`, ({ runs }) => (runs[0] ? `e/${runs[0].experiment.id}` : null));
   useTitle("compare");
   if (!compared) return <Loading error={error} />;
+  const experiments = [...new Map(compared.runs.map(({ experiment }) => [experiment.id, experiment])).values()];
   return (
     <main>
       <div class="tools">
         <h1>Compare</h1>
+        {experiments.map(({ id, name }) => (
+          <Link key={id} to={`/e/${encodeURIComponent(id)}`}>
+            {shortened(name, 80)}
+          </Link>
+        ))}
         <span class="muted">{counted(compared.runs.length, "run")}</span>
         {compared.unknown.length > 0 && <span class="state failed">{counted(compared.unknown.length, "run")} not found</span>}
       </div>
@@ -52,16 +62,29 @@ function labelsOf(runs: RunHead[]): Map<string, string> {
   return labels;
 }
 
+/** Colours as on the page of the experiment, where each run is of another arm. */
+function slotsOfRuns(runs: RunHead[], arms: string[], labels: Map<string, string>): Map<string, number> {
+  const isOfArms = arms.length > 0 && new Set(runs.map(({ arm }) => arm)).size === runs.length;
+  if (!isOfArms) return slotsOf([...labels.values()]);
+  const ofArms = slotsOf(arms);
+  return new Map([...ofArms, ...runs.map(({ id, arm }) => [labels.get(id)!, ofArms.get(arm) ?? 0] as const)]);
+}
+
 function Shown({ compared }: { compared: Compared }) {
-  const { runs, config, same, metrics } = compared;
+  const { runs, arms, config, same, metrics } = compared;
   const key = runs.map(({ id }) => id).join(" ");
   const labels = useMemo(() => labelsOf(runs), [key]);
-  const slots = useMemo(() => slotsOf([...labels.values()]), [labels]);
+  const slots = useMemo(() => slotsOfRuns(runs, arms, labels), [labels, arms.join("\0")]);
   const sources = useMemo(() => {
     const experiments = [...new Set(runs.map(({ experiment }) => experiment.id))];
     return experiments.map((experiment) => ({ experiment, runs: runs.filter((run) => run.experiment.id === experiment).map(({ id }) => id) }));
   }, [key]);
-  const charted = { id: sources[0]!.experiment, arms: [...labels.values()].map((name) => ({ name })), headlines: [], metrics, sources, labels };
+  const charted = { id: sources[0]!.experiment, arms: [...labels.values()].map((name) => ({ name })), headlines: [], metrics: metrics.filter(({ points }) => points > 0), sources, labels };
+  const rows = () => [
+    ["", ...labels.values()],
+    ...config.map(({ key, values }) => [key, ...values.map((value) => (value === null ? null : settingText(value)))]),
+    ...metrics.map(({ name, last }) => [name, ...last]),
+  ];
   return (
     <>
       <div class="scroll">
@@ -88,8 +111,9 @@ function Shown({ compared }: { compared: Compared }) {
           </thead>
           <tbody>
             <Line label="state" cells={runs.map((run) => <StateWord state={run.state} />)} />
-            {runs.some((run) => run.error) && <Line label="error" cells={runs.map((run) => <span class="error">{shortened(run.error ?? "", 120)}</span>)} />}
-            <Line label="step" cells={runs.map((run) => (run.step === null ? "" : `${count(run.step)}${run.num_steps ? ` of ${count(run.num_steps)}` : ""}`))} />
+            <Line label="arm" cells={runs.map((run) => shortened(run.arm, 60))} />
+            <Line label="seed" cells={runs.map((run) => run.seed ?? "")} />
+            <Line label="steps" cells={runs.map(stepsDone)} />
             <Line label="started" cells={runs.map((run) => <Age since={run.started} suffix=" ago" />)} />
             <Line label="took" cells={runs.map((run) => (run.seconds === null ? "" : duration(run.seconds)))} />
             <Divider columns={runs.length + 1} text={config.length ? `config: ${counted(config.length, "difference")}, ${count(same)} the same` : `config: no difference, ${count(same)} the same`} />
@@ -102,8 +126,11 @@ function Shown({ compared }: { compared: Compared }) {
             ))}
           </tbody>
         </table>
+        <Exports name="compared-runs" rows={rows} />
       </div>
+      {runs.map(({ id, error }) => error && <p key={id} class="prose"><span class="label">{shortened(labels.get(id)!, 80)}</span> <span class="error">{shortened(error, 300)}</span></p>)}
       <Charts experiment={charted} slots={slots} isGrouped={metrics.length > 24} />
+      {runs.length > 1 && <PairedAnswers runs={runs} labels={labels} slots={slots} />}
     </>
   );
 }

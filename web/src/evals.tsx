@@ -5,11 +5,13 @@ import { Swatch } from "./arms";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
-import { count, counted, withDeviation, number, valueText, shortened } from "./format";
+import { count, counted, shortened, withDeviation } from "./format";
 import { ExperimentHead, type PageProps } from "./further";
-import { Failure, Link, Loading, Search, Section, StateWord, useTitle } from "./parts";
+import { Failure, Loading, Search, Section, useTitle } from "./parts";
 import type { Direction, Metric, State } from "./types";
-import { oneOf, setting } from "./view";
+import { Exports } from "./exports";
+import { ANSWERS, Drawer, openRow, OUTPUTS, type Prediction, Reward, RIGHT, shown, TASKS } from "./predictions";
+import { oneOf, text } from "./view";
 
 interface Cell {
   mean: number | null;
@@ -41,8 +43,6 @@ interface Evals extends Answer {
   sets: PredictionSet[];
 }
 
-type Prediction = Record<string, unknown> & { id: string; lengths?: Record<string, number> };
-
 interface Page {
   rows: Prediction[];
   next: string | null;
@@ -50,22 +50,9 @@ interface Page {
   now?: number;
 }
 
-interface Origin {
-  eval: string;
-  step: number | null;
-  run: string;
-  run_name: string;
-  arm: string;
-  seed: number | null;
-}
-
-type Whole = Prediction & { of: Origin };
-
-const text = (name: string) => setting<string>(name, (value) => value ?? "", (value) => value || null);
 const chosenA = text("a");
 const chosenB = text("b");
 const find = text("find");
-const openRow = text("row");
 const PICKS = ["all", "right", "wrong", "only-a", "better"] as const;
 const pick = oneOf("pick", PICKS);
 const PICK_LABELS: Record<(typeof PICKS)[number], string> = {
@@ -75,7 +62,6 @@ const PICK_LABELS: Record<(typeof PICKS)[number], string> = {
   "only-a": "A right, B wrong",
   better: "A better than B",
 };
-const RIGHT = 0.5;
 /** With more curves than these, they are closed at first: predictions come after them. */
 const MOST_OPEN = 4;
 
@@ -101,6 +87,10 @@ export function EvalsPage({ id }: PageProps) {
 }
 
 function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) {
+  const rows = () => [
+    ["eval", ...evals.arms.flatMap((arm) => [arm, `${arm}: sd`, `${arm}: seeds`])],
+    ...evals.rows.map(({ name, cells }) => [name, ...cells.flatMap(({ mean, sd, n }) => [mean, sd, n])]),
+  ];
   return (
     <div class="scroll">
       <table class="plain matrix">
@@ -130,6 +120,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
           ))}
         </tbody>
       </table>
+      <Exports name={`${evals.name}-evals`} rows={rows} />
     </div>
   );
 }
@@ -155,6 +146,16 @@ function Predictions({ sets, slots }: { sets: PredictionSet[]; slots: Map<string
         <label>
           <span class="muted">A</span> <Choice label="A" sets={sets} value={a} choose={(set) => (chosenA.value = set)} />
         </label>
+        {b && (
+          <>
+            <button title="exchange A and B" aria-label="exchange A and B" onClick={() => ((chosenA.value = String(b.id)), (chosenB.value = String(a.id)))}>
+              {"\u21c4"}
+            </button>
+            <label>
+              <span class="muted">B</span> <Choice label="B" sets={others} value={b} choose={(set) => (chosenB.value = set)} />
+            </label>
+          </>
+        )}
         <select aria-label="which" value={pick.value} onChange={(event) => (pick.value = event.currentTarget.value as (typeof PICKS)[number])}>
           {PICKS.map((each) => (
             <option key={each} value={each} disabled={!b && (each === "only-a" || each === "better")}>
@@ -162,11 +163,6 @@ function Predictions({ sets, slots }: { sets: PredictionSet[]; slots: Map<string
             </option>
           ))}
         </select>
-        {isPaired && b && (
-          <label>
-            <span class="muted">B</span> <Choice label="B" sets={others} value={b} choose={(set) => (chosenB.value = set)} />
-          </label>
-        )}
         <Search label="text in a prediction" hint="text in a prediction" value={find} />
       </div>
       <Rows key={`${a.id} ${JSON.stringify(filter)}`} of={a} filter={filter} />
@@ -211,6 +207,8 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
   if (error) return <Failure error={error} />;
   if (!page) return <p class="empty">searching</p>;
   const [task, output, expected] = [TASKS, OUTPUTS, ANSWERS].map((names) => names.find((name) => page.rows.some((row) => row[name] !== undefined && row[name] !== null)));
+  const id = task !== "task_id" && page.rows.some((row) => typeof row.task_id === "string" || typeof row.task_id === "number") ? "task_id" : undefined;
+  const columns = [id, task, output, expected].filter((name) => name !== undefined);
   return (
     <>
       {page.rows.length > 0 && (
@@ -219,9 +217,11 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
             <thead>
               <tr>
                 <th>reward</th>
-                {task && <th>{task}</th>}
-                {output && <th>{output}</th>}
-                {expected && <th>{expected}</th>}
+                {columns.map((name) => (
+                  <th key={name} class={name === id || name === expected ? "short" : ""}>
+                    {name}
+                  </th>
+                ))}
               </tr>
             </thead>
             <tbody>
@@ -232,7 +232,9 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
                       <Reward value={row.reward} />
                     </button>
                   </td>
-                  {[task, output, expected].map((name) => name && <td key={name}>{shortened(shown(row[name]), 240)}</td>)}
+                  {columns.map((name) => (
+                    <td key={name}>{shortened(shown(row[name]), 240)}</td>
+                  ))}
                 </tr>
               ))}
             </tbody>
@@ -240,6 +242,7 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
         </div>
       )}
       <p class="muted more">
+        {page.rows.length > 0 && <Exports name={`${of.name}-${of.run_name}`} rows={() => [["reward", ...columns], ...page.rows.map((row) => [Number(row.reward ?? NaN), ...columns.map((name) => shown(row[name]))])]} />}{" "}
         {page.rows.length === 0 && page.next === null
           ? "No prediction matches."
           : `${count(page.rows.length)} shown, searched ${count(page.searched)} of ${count(of.predictions)} `}
@@ -251,78 +254,4 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
       </p>
     </>
   );
-}
-
-const TASKS = ["instruction", "question", "prompt", "input", "item", "task_id"];
-const OUTPUTS = ["prediction", "output", "completion", "response", "text"];
-const ANSWERS = ["answer", "expected", "target", "ground_truth", "reference"];
-
-function shown(value: unknown): string {
-  if (value === undefined || value === null) return "";
-  return typeof value === "string" ? value : typeof value === "number" ? number(value) : (JSON.stringify(value) ?? "");
-}
-
-function Reward({ value }: { value: unknown }) {
-  if (typeof value !== "number") return <span class="muted">open</span>;
-  return <StateWord state={value >= RIGHT ? "completed" : "failed"}>{number(value)}</StateWord>;
-}
-
-/** A prediction with all its texts, beside those for the same task of other runs. */
-function Drawer({ id, slots }: { id: string; slots: Map<string, number> }) {
-  const dialog = useRef<HTMLDialogElement>(null);
-  const [found, setFound] = useState<{ prediction: Whole; others: Whole[]; now?: number } | null>(null);
-  const [error, setError] = useState<unknown>(null);
-  useEffect(() => {
-    dialog.current!.showModal();
-    const abort = new AbortController();
-    getJson<{ prediction: Whole; others: Whole[]; now?: number }>(`/api/predictions/${encodeURIComponent(id)}`, abort.signal).then(setFound, (failed) => {
-      if (!abort.signal.aborted) setError(failed);
-    });
-    return () => abort.abort();
-  }, []);
-  const output = found && OUTPUTS.find((name) => found.prediction[name] !== undefined);
-  return (
-    <dialog class="drawer" ref={dialog} aria-label="prediction" onClose={() => (openRow.value = "")}>
-      <form method="dialog">
-        <button>close ( Esc )</button>
-      </form>
-      <Failure error={error} />
-      {!error && !found && <p class="muted">loading</p>}
-      {found && (
-        <>
-          <dl>
-            {Object.entries(found.prediction)
-              .filter(([name, value]) => !["id", "of", "reward", output].includes(name) && value !== null && value !== "")
-              .map(([name, value]) => (
-                <div key={name}>
-                  <dt>{shortened(name, 80)}</dt>
-                  <dd>
-                    {typeof value === "string" ? <pre>{shortened(value, 50_000)}</pre> : <pre>{typeof value === "number" ? valueText(value) : shortened(JSON.stringify(value, null, 1) ?? "", 50_000)}</pre>}
-                  </dd>
-                </div>
-              ))}
-          </dl>
-          {[found.prediction, ...found.others].map((each) => (
-            <article key={each.id}>
-              <h3>
-                <Swatch slot={slots.get(each.of.arm) ?? 0} /> <Link to={`/r/${encodeURIComponent(each.of.run)}`}>{shortened(each.of.run_name, 80)}</Link> <Reward value={each.reward} />
-              </h3>
-              {output && <pre>{marked(shown(each[output]), each === found.prediction ? null : shown(found.prediction[output]))}</pre>}
-            </article>
-          ))}
-        </>
-      )}
-    </dialog>
-  );
-}
-
-/** A text with the part marked in which it differs from another one. */
-function marked(text: string, other: string | null) {
-  const short = shortened(text, 50_000);
-  if (other === null || short === other) return short;
-  let start = 0;
-  while (start < short.length && short[start] === other[start]) start++;
-  let end = 0;
-  while (end < Math.min(short.length, other.length) - start && short[short.length - 1 - end] === other[other.length - 1 - end]) end++;
-  return [short.slice(0, start), <mark>{short.slice(start, short.length - end)}</mark>, short.slice(short.length - end)];
 }

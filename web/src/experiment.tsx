@@ -51,8 +51,11 @@ function Header({ experiment, onlyMetrics }: { experiment: Experiment; onlyMetri
         <StateWord state={experiment.state} />
         <Progress value={experiment.progress} state={experiment.state} />
         <span class="muted">
-          {started !== null && ended !== null ? (
-            `took ${duration(ended - started)}`
+          {ended !== null ? (
+            <>
+              ended <Age since={ended} suffix=" ago" />
+              {started !== null && `, took ${duration(ended - started)}`}
+            </>
           ) : (
             <>
               last event <Age since={last_event} suffix=" ago" />
@@ -216,7 +219,7 @@ function ProblemRuns({ runs }: { runs: Run[] }) {
         {runs.length > 1 && <b>and {counted(runs.length - 1, "more run")} </b>}
         {run.step !== null && (
           <span class="muted">
-            at {count(run.step)} {run.unit ?? "steps"}
+            after {count(run.step + 1)} {run.unit ?? "steps"}
           </span>
         )}{" "}
         {run.error ? (

@@ -11,6 +11,11 @@ export function count(value: number): string {
   return GROUPED.format(value);
 }
 
+/** How many steps a run has done, of how many: "2,000 of 2,000". Its last step counts from 0. */
+export function stepsDone({ step, num_steps }: { step: number | null; num_steps: number | null }): string {
+  return step === null ? "" : `${count(step + 1)}${num_steps ? ` of ${count(num_steps)}` : ""}`;
+}
+
 /** "1 run", "2 runs". */
 export function counted(value: number, noun: string): string {
   return `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
@@ -123,8 +128,19 @@ export function shortened(text: string, most = LONGEST_TEXT): string {
   return text.length <= most ? text : `${text.slice(0, most)}\u2026`;
 }
 
+export type TableRow = (string | number | null)[];
+
+/** A table of Markdown; the first row is its head. */
+export function markdown(rows: TableRow[]): string {
+  const cell = (value: string | number | null) => (value === null || Number.isNaN(value) ? "" : String(value).replace(/[\\|<>*_`[\]]/g, "\\$&").replace(/\s*[\r\n]+\s*/g, " "));
+  const line = (cells: string[]) => `| ${cells.join(" | ")} |\n`;
+  const [head = [], ...body] = rows;
+  const isNumber = head.map((_, i) => body.length > 0 && body.every((row) => typeof row[i] !== "string"));
+  return line(head.map(cell)) + line(isNumber.map((is) => (is ? "---:" : "---"))) + body.map((row) => line(row.map(cell))).join("");
+}
+
 /** Rows of comma-separated values; a text that a spreadsheet would run is quoted as text. */
-export function csv(rows: (string | number | null)[][]): string {
+export function csv(rows: TableRow[]): string {
   const cell = (value: string | number | null) => {
     if (typeof value !== "string") return value === null || Number.isNaN(value) ? "" : String(value);
     const text = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;

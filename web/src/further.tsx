@@ -3,8 +3,8 @@ import type { ComponentType, VNode } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { RequestError } from "./api";
 import { shortened } from "./format";
-import { Link, Loading, StateWord } from "./parts";
-import type { State } from "./types";
+import { Link, Loading, Progress, StateWord } from "./parts";
+import type { RunHead, State } from "./types";
 import { decoded, search } from "./view";
 
 export interface PageProps {
@@ -19,6 +19,7 @@ const PAGES: [path: RegExp, load: () => Promise<Page>][] = [
   [/^\/e\/([^/]+)\/evals\/?$/, async () => (await import("./evals")).EvalsPage],
   [/^\/e\/([^/]+)\/checkpoints\/?$/, async () => (await import("./checkpoints")).CheckpointsPage],
   [/^\/c\/?$/, async () => (await import("./compare")).ComparePage],
+  [/^\/r\/([^/]+)\/events\/?$/, async () => (await import("./events")).RunEventsPage],
   [/^\/r\/([^/]+)\/?$/, async () => (await import("./run")).RunPage],
   [/^\/health\/?$/, async () => (await import("./health")).HealthPage],
 ];
@@ -92,5 +93,41 @@ export function ExperimentNav({ id, current }: { id: string; current: (typeof EX
         </Link>
       ))}
     </nav>
+  );
+}
+
+const RUN_PAGES = [
+  ["", "run"],
+  ["events", "events"],
+] as const;
+
+interface TitleProps {
+  run: RunHead;
+  current: (typeof RUN_PAGES)[number][0];
+}
+
+/** The head of a page of a run, with links to its pages and those of its experiment. */
+export function RunTitle({ run, current }: TitleProps) {
+  const { experiment } = run;
+  const base = `/r/${encodeURIComponent(run.id)}`;
+  const done = run.num_steps && run.step !== null ? (run.step + 1) / run.num_steps : null;
+  return (
+    <div class="title">
+      <p class="trail">
+        <Link to={`/e/${encodeURIComponent(experiment.id)}`}>{shortened(experiment.name, 80)}</Link>
+        <span class="muted"> / </span>
+      </p>
+      <h1>{shortened(run.name, 300)}</h1>
+      <StateWord state={run.state} />
+      {run.state === "running" && <Progress value={done} state={run.state} />}
+      <nav aria-label="pages of the run">
+        {RUN_PAGES.map(([path, label]) => (
+          <Link key={path} to={path ? `${base}/${path}` : base} class={path === current ? "current" : ""}>
+            {label}
+          </Link>
+        ))}
+      </nav>
+      <ExperimentNav id={experiment.id} current={null} />
+    </div>
   );
 }

@@ -102,17 +102,21 @@ export class Plot {
     this.plot.redraw(false, false);
   }
 
-  /** The chart as it is drawn, on its card's colour. */
-  image(): Promise<Blob | null> {
-    const drawn = this.plot?.ctx.canvas;
-    if (!drawn) return Promise.resolve(null);
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [drawn.width, drawn.height];
-    const context = canvas.getContext("2d")!;
-    context.fillStyle = canvasColours.value.card;
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.drawImage(drawn, 0, 0);
-    return new Promise((resolve) => canvas.toBlob(resolve));
+  /** The chart as a file. */
+  async image(kind: "png" | "svg"): Promise<Blob | null> {
+    const { plot } = this;
+    if (!plot) return null;
+    const { pngOf, svgOf } = await import("./plot_image");
+    const curves = this.curves.map(({ line, ...curve }) => ({
+      ...curve,
+      name: line.kind === "member" ? memberName(line) : line.arm,
+      x: line.x,
+      badAt: line.badAt,
+      bandOpacity: this.bandOpacity(line),
+    }));
+    const { text, grid, card } = canvasColours.value;
+    const picture = { title: this.chart.metric, plot, curves, text, grid, card, font: getComputedStyle(this.element).fontFamily };
+    return kind === "png" ? pngOf(picture) : svgOf(picture);
   }
 
   destroy(): void {
@@ -136,7 +140,7 @@ export class Plot {
     const onAxis = view.log ? (value: number) => (value > 0 ? Math.log10(value) : NaN) : (value: number) => value;
     const column = (values: Float64Array | null) => (values && view.log ? values.map(onAxis) : values);
     const bad = shown.reduce((sum, line) => sum + line.bad, 0);
-    const points = shown.reduce((sum, line) => sum + line.x.length, 0);
+    const points = shown.reduce((sum, line) => sum + line.mean.filter(Number.isFinite).length, 0);
     const below = view.log && shown.some((line) => line.mean.some((value) => value <= 0));
     this.label = [
       `${count(points)} of ${count(chart.total)} points`,
@@ -299,7 +303,7 @@ export class Plot {
     for (const { line, colour, low, high } of this.curves) {
       if (!low || !high) continue;
       ctx.fillStyle = colour;
-      ctx.globalAlpha = (line.kind === "band" ? 0.17 : 0.1) * (this.highlighted === null || this.highlighted === line.arm ? 1 : 0.3);
+      ctx.globalAlpha = this.bandOpacity(line);
       let start = 0;
       for (let i = 0; i <= low.length; i++) {
         if (i < low.length && Number.isFinite(low[i]!) && Number.isFinite(high[i]!)) continue;
@@ -308,6 +312,10 @@ export class Plot {
       }
     }
     ctx.restore();
+  }
+
+  private bandOpacity(line: Line): number {
+    return (line.kind === "band" ? 0.17 : 0.1) * (this.highlighted === null || this.highlighted === line.arm ? 1 : 0.3);
   }
 
   private fillBand(plot: uPlot, x: Float64Array, low: Float64Array, high: Float64Array, start: number, end: number): void {
@@ -361,7 +369,7 @@ export class Plot {
     const x = near[0]!.line.x[near[0]!.i]!;
     const rows = [element("b", this.xText(x))];
     for (const { line, colour, i } of near) {
-      const name = line.kind === "member" ? `${line.arm} seed ${line.seed ?? "\u2013"}` : line.arm;
+      const name = line.kind === "member" ? memberName(line) : line.arm;
       const row = element("div", "");
       const swatch = element("i", "");
       swatch.style.background = colour;
@@ -386,6 +394,8 @@ export class Plot {
     return this.chart.metric.startsWith("epoch/") ? `epoch ${number(x)}` : `step ${count(x)}`;
   }
 }
+
+const memberName = (line: Line) => `${line.arm} seed ${line.seed ?? "\u2013"}`;
 
 function element(tag: string, text: string): HTMLElement {
   const made = document.createElement(tag);

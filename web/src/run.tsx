@@ -4,9 +4,9 @@ import { Charts } from "./charts";
 import { slotsOf } from "./colours";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
-import { bytes, count, duration, number, setting, shortened } from "./format";
-import { ExperimentNav, type PageProps } from "./further";
-import { Age, Alerts, Fact, Failure, Link, Loading, Progress, Prose, Section, StateWord, useTitle } from "./parts";
+import { bytes, count, duration, number, setting, shortened, stepsDone } from "./format";
+import { type PageProps, RunTitle } from "./further";
+import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Section, useTitle } from "./parts";
 import type { Alert, Metric, RunHead } from "./types";
 
 interface EvalRow {
@@ -73,39 +73,21 @@ export function RunPage({ id }: PageProps) {
 }
 
 function Head({ run }: { run: RunAnswer }) {
-  const { experiment, step, num_steps } = run;
-  const done = num_steps && step !== null ? (step + 1) / num_steps : null;
   return (
     <section class="head">
-      <div class="title">
-        <p class="trail">
-          <Link to={`/e/${encodeURIComponent(experiment.id)}`}>{shortened(experiment.name, 80)}</Link>
-          <span class="muted"> / </span>
-        </p>
-        <h1>{shortened(run.name, 300)}</h1>
-        <StateWord state={run.state} />
-        {run.state === "running" && <Progress value={done} state={run.state} />}
-        <ExperimentNav id={experiment.id} current={null} />
-      </div>
+      <RunTitle run={run} current="" />
       <p class="facts">
         {run.arm !== run.name && <Fact label="arm">{shortened(run.arm, 120)}</Fact>}
         {run.seed !== null && <Fact label="seed">{run.seed}</Fact>}
         {run.rank > 0 && <Fact label="rank">{run.rank}</Fact>}
-        {step !== null && (
-          <Fact label={run.unit ?? "step"}>
-            {count(step)}
-            {num_steps ? ` of ${count(num_steps)}` : ""}
-          </Fact>
-        )}
+        {run.step !== null && <Fact label={run.unit ?? "steps"}>{stepsDone(run)}</Fact>}
         <Fact label="started">
           <Age since={run.started} suffix=" ago" />
         </Fact>
         {run.seconds !== null && <Fact label={run.ended !== null ? "took" : "for"}>{duration(run.seconds)}</Fact>}
-        {run.ended === null && (
-          <Fact label="last event">
-            <Age since={run.last_event} suffix=" ago" />
-          </Fact>
-        )}
+        <Fact label={run.ended === null ? "last event" : "ended"}>
+          <Age since={run.ended ?? run.last_event} suffix=" ago" />
+        </Fact>
         {run.stop_reason && <Fact label="stopped">{shortened(run.stop_reason, 200)}</Fact>}
         {run.tags.slice(0, 30).map((tag) => (
           <span class="tag" key={tag}>

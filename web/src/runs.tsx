@@ -1,10 +1,10 @@
 // The runs of an experiment: what differs in their configs, their metrics; filter, sort, columns, CSV, compare.
-import { useMemo } from "preact/hooks";
+import { useMemo, useRef } from "preact/hooks";
 import { Swatch } from "./arms";
-import { save } from "./charts";
 import { slotsOf } from "./colours";
+import { Exports } from "./exports";
 import { type Answer, useFollowed, useSettled } from "./followed";
-import { count, counted, csv, duration, number, setting as settingText, shortened } from "./format";
+import { count, counted, duration, number, setting as settingText, shortened, stepsDone } from "./format";
 import { ExperimentHead, type PageProps } from "./further";
 import { Age, Failure, Link, Loading, Search, StateWord, useTitle } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
@@ -15,6 +15,7 @@ interface RunRow extends Omit<Run, "values"> {
   seconds: number | null;
   last: (number | null)[];
   best: (number | null)[];
+  at: (number | null)[];
 }
 
 interface Runs extends Answer {
@@ -27,12 +28,18 @@ interface Runs extends Answer {
   config: string[];
   metrics: string[];
   shown: { name: string; direction: Direction }[];
+  /** Steps at which values of metrics were asked for. */
+  at: { step: number; name: string }[];
   arms: string[];
   rows: RunRow[];
 }
 
 const MOST_COMPARED = 24;
+const MOST_CHOICES = 300;
 const EXAMPLES = "free text   /regex/   lr>1e-4   arm:baseline   state:failed   -tag:old   \"best loss\"<0.5";
+
+/** The id of a column that has a metric at a step. */
+const AT_STEP = /^a:\d+:./s;
 
 const chosenColumns = names("cols");
 const selected = names("r");
@@ -41,7 +48,8 @@ export function RunsPage({ id }: PageProps) {
   const text = useSettled(filter.value);
   const columnsInUrl = chosenColumns.value;
   const metrics = [...columnsInUrl].flatMap((column) => /^[mb]:(.+)$/s.exec(column)?.[1] ?? []);
-  const query = new URLSearchParams([...(text ? [["q", text]] : []), ...[...new Set(metrics)].map((name) => ["metric", name])]);
+  const at = [...columnsInUrl].filter((column) => AT_STEP.test(column)).map((column) => ["at", column.slice(2)]);
+  const query = new URLSearchParams([...(text ? [["q", text]] : []), ...[...new Set(metrics)].map((name) => ["metric", name]), ...at]);
   const url = `/api/experiments/${encodeURIComponent(id)}/runs?${query}`;
   const [runs, error] = useFollowed<Runs>(url, () => `e/${id}`);
   useTitle("runs", runs?.name);
@@ -53,7 +61,7 @@ export function RunsPage({ id }: PageProps) {
   const rows = sorted(runs.rows, shown, sort.value);
   const chosen = [...selected.value].slice(0, MOST_COMPARED);
   const written = shown.filter(({ label }) => label);
-  const table = () => csv([written.map(({ label }) => label), ...rows.map((row) => written.map(({ value }) => value(row)))]);
+  const table = () => [written.map(({ label }) => label), ...rows.map((row) => written.map(({ value }) => value(row)))];
   return (
     <main>
       <ExperimentHead experiment={runs} current="runs" />
@@ -73,7 +81,7 @@ export function RunsPage({ id }: PageProps) {
           </button>
           {selected.value.size > 0 && <button onClick={() => (selected.value = new Set())}>clear</button>}
           <ColumnChoice all={all} metrics={runs.metrics} isShown={isShown} />
-          <button onClick={() => save(`${runs.name.replace(/[^\w.-]+/g, "_").slice(0, 80)}-runs.csv`, new Blob([table()], { type: "text/csv" }))}>CSV</button>
+          <Exports name={`${runs.name}-runs`} rows={table} />
         </span>
       </div>
       {runs.problem && <p class="problem" role="alert">{runs.problem}</p>}
@@ -105,7 +113,7 @@ const selectColumn: Column<RunRow> = {
 
 function isDefault(id: string, runs: Runs): boolean {
   if (id.startsWith("b:")) return id === `b:${runs.shown[0]?.name}`;
-  return !["started", "arm", "seed", "checkpoints", "error"].includes(id);
+  return !id.startsWith("a:") && !["started", "arm", "seed", "checkpoints", "error"].includes(id);
 }
 
 function columnsOf(runs: Runs, slots: Map<string, number>): Column<RunRow>[] {
@@ -127,10 +135,10 @@ function columnsOf(runs: Runs, slots: Map<string, number>): Column<RunRow>[] {
     { id: "seed", label: "seed", isNumber: true, value: (row) => row.seed, text: (row) => (row.seed === null ? "" : String(row.seed)) },
     {
       id: "step",
-      label: "step",
+      label: "steps",
       isNumber: true,
-      value: (row) => row.step,
-      text: (row) => (row.step === null ? "" : `${count(row.step)}${row.num_steps ? ` / ${count(row.num_steps)}` : ""}`),
+      value: (row) => row.step === null ? null : row.step + 1,
+      text: stepsDone,
     },
     ...runs.config.map(
       (key): Column<RunRow> => ({
@@ -156,6 +164,16 @@ function columnsOf(runs: Runs, slots: Map<string, number>): Column<RunRow>[] {
             },
           ]),
     ]),
+    ...runs.at.map(
+      ({ step, name }, i): Column<RunRow> => ({
+        id: `a:${step}:${name}`,
+        label: `${name} at ${count(step)}`,
+        title: `${name} at step ${count(step)}, or the last value before it, of runs that have come so far`,
+        isNumber: true,
+        value: (row) => row.at[i] ?? null,
+        text: (row) => number(row.at[i]),
+      }),
+    ),
     {
       id: "duration",
       label: "took",
@@ -184,7 +202,7 @@ interface ChoiceProps {
 function ColumnChoice({ all, metrics, isShown }: ChoiceProps) {
   const shown = all.filter((column) => column.id !== "run" && isShown(column)).map(({ id }) => id);
   const known = new Set(all.map(({ id }) => id));
-  const more = metrics.filter((name) => !known.has(`m:${name}`)).slice(0, 300);
+  const more = metrics.filter((name) => !known.has(`m:${name}`)).slice(0, MOST_CHOICES);
   const toggle = (id: string) => {
     const next = toggled(new Set(shown), id);
     chosenColumns.value = next.size ? next : new Set(["run"]);
@@ -199,6 +217,7 @@ function ColumnChoice({ all, metrics, isShown }: ChoiceProps) {
       <summary>columns</summary>
       <div>
         {chosenColumns.value.size > 0 && <button onClick={() => (chosenColumns.value = new Set())}>as at first</button>}
+        <AtStep metrics={metrics} add={toggle} />
         {all.filter(({ id }) => id !== "run").map(({ id, label }) => (
           <Choice key={id} id={id} label={label} />
         ))}
@@ -208,5 +227,32 @@ function ColumnChoice({ all, metrics, isShown }: ChoiceProps) {
         ))}
       </div>
     </details>
+  );
+}
+
+/** Adds a column with a metric at a step. */
+function AtStep({ metrics, add }: { metrics: string[]; add: (id: string) => void }) {
+  const metric = useRef<HTMLSelectElement>(null);
+  const step = useRef<HTMLInputElement>(null);
+  if (!metrics.length) return null;
+  const submit = (event: Event) => {
+    event.preventDefault();
+    const at = Number(step.current!.value);
+    if (Number.isInteger(at) && at >= 0) add(`a:${at}:${metric.current!.value}`);
+  };
+  return (
+    <form class="at-step" onSubmit={submit}>
+      <select ref={metric} aria-label="metric">
+        {metrics.slice(0, MOST_CHOICES).map((name) => (
+          <option key={name} value={name}>
+            {shortened(name, 60)}
+          </option>
+        ))}
+      </select>
+      <label>
+        at step <input ref={step} type="number" min="0" required />
+      </label>
+      <button>add</button>
+    </form>
   );
 }

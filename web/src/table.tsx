@@ -1,7 +1,7 @@
 // A dense table of any number of rows: only those in view exist. Sorted by one column.
 import type { ComponentChildren } from "preact";
 import { useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
-import { setting } from "./view";
+import { text } from "./view";
 
 const ROW_HEIGHT = 28;
 const ROWS_BEYOND = 12;
@@ -22,7 +22,7 @@ export interface Column<Row> {
 }
 
 /** "lr" or "-lr": the column, and whether the largest come first. */
-export const sort = setting<string>("sort", (text) => text ?? "", (value) => value || null);
+export const sort = text("sort");
 
 export function sorted<Row>(rows: Row[], columns: Column<Row>[], by: string): Row[] {
   const isDown = by.startsWith("-");

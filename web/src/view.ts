@@ -60,7 +60,10 @@ export const names = (name: string) =>
   );
 const unescapeName = (text: string) => text.replace(/~[01]/g, (c) => (c === "~0" ? "~" : ","));
 
-export const filter = setting<string>("q", (text) => text ?? "", (value) => value || null);
+/** A text; none is left out of the URL. */
+export const text = (name: string) => setting<string>(name, (given) => given ?? "", (value) => value || null);
+
+export const filter = text("q");
 
 /** Whether the texts have all words of the filter, in any case. */
 export function hasFilterWords(...texts: (string | null | undefined)[]): boolean {

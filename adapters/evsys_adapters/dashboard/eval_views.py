@@ -1,8 +1,10 @@
 """What the pages of evals and checkpoints show, as JSON: scores by arm, predictions page by page, checkpoints."""
 
+import math
 import time as clock
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -10,10 +12,18 @@ from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.evals import EvalRow, PredictionFilter
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.records import RunRecord
-from evsys_adapters.dashboard.series import SeriesInfo
 from evsys_adapters.dashboard.store import Store
-from evsys_adapters.dashboard.values import finite
-from evsys_adapters.dashboard.views import NO_UPLOAD, RunValues, find_experiment, shown_arm, shown_arms, uploads_of
+from evsys_adapters.dashboard.views import (
+    MAX_COMPARED,
+    NO_UPLOAD,
+    RunValues,
+    find_experiment,
+    find_run,
+    shown_arm,
+    shown_arms,
+    uploads_of,
+    values_at,
+)
 from evsys_bus.context import spread_of
 
 PAGE_ROWS: Final = 50
@@ -23,9 +33,11 @@ _MAX_CHECKPOINTS: Final = 5_000
 _MAX_SIBLINGS: Final = 24
 _EVAL_BITS: Final = 24
 """Of the id of a prediction, those that count within its eval."""
-_MAX_READ_POINTS: Final = 200_000
-_LOOK_BACK: Final = 4_096
-"""Of a longer series, how many steps before a checkpoint its value may lie."""
+RIGHT: Final = 0.5
+"""The reward from which on an answer is right."""
+
+Pick = Literal["all", "a", "b"]
+"""All tasks, those that A has right and B wrong, or the other way round."""
 
 
 def evals(store: Store, public_id: str, now: float | None = None) -> Json:
@@ -148,7 +160,7 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
         ]
         recent = rows[len(rows) - len(of_run) :]
         for name in shown:
-            at = _values_at(store, series.get(name), [row["step"] for row in recent])
+            at = values_at(store, series.get(name), [row["step"] for row in recent])
             for row, value in zip(recent, at, strict=True):
                 row["values"].append(value)
     rows.sort(key=lambda row: -row["time"])
@@ -228,21 +240,61 @@ def _same_task(store: Store, id_: int, own: EvalRow, run: RunRecord) -> list[Jso
     return others
 
 
-def _values_at(store: Store, info: SeriesInfo | None, steps: Sequence[int]) -> list[float | None]:
-    """Return the last value of a series up to each step; None where there is none."""
-    import numpy as np
+def paired(store: Store, public_ids: Sequence[str], name: str, pick: Pick = "all", after: int | None = None) -> Json:
+    """Return what several runs have for the same tasks, page by page: the scores of each in the newest eval of a name.
 
-    if info is None or not steps:
-        return [None] * len(steps)
-    if info.n <= _MAX_READ_POINTS:
-        lines = [store.series.read([info.id], width=1).lines[0]] * len(steps)
-    else:
-        lines = [store.series.read([info.id], first=step - _LOOK_BACK, last=step, width=1).lines[0] for step in steps]
-    values: list[float | None] = []
-    for line, step in zip(lines, steps, strict=True):
-        place = int(np.searchsorted(line.x, step, side="right")) - 1
-        values.append(None if place < 0 else finite(float(line.last[place])))
-    return values
+    Args:
+        store: The store.
+        public_ids: The runs; the first one is A, the second one B.
+        name: The eval; if no run has predictions of it, the first one of which several have.
+        pick: Which tasks; an answer is right from a reward of 0.5 on.
+        after: ``next`` of the page before.
+
+    Returns:
+        ``names``, the evals of which at least two runs have predictions; ``evals``, that of each run or None; ``rows``,
+        each with the task and the ``scores`` of the runs; ``next``; and ``counts`` of A and B, None for too many tasks.
+
+    Raises:
+        LookupError: There is no such run.
+    """
+    runs = [find_run(store, each) for each in dict.fromkeys(public_ids)][:MAX_COMPARED]
+    newest: list[dict[str, EvalRow]] = []
+    for run in runs:
+        of_run = [each for each in store.catalogue.evals.of_run(run.id) if each.predictions]
+        of_run.sort(key=lambda each: math.inf if each.step is None else each.step)
+        newest.append({each.name: each for each in of_run})
+    counts = Counter(each for found in newest for each in found)
+    names = [each for each, count in counts.items() if count > 1]
+    chosen = name if name in names else next(iter(names), "")
+    evals = [found.get(chosen) for found in newest]
+    answer: Json = {
+        "names": names,
+        "name": chosen,
+        "evals": [None if each is None else {"id": each.id, "step": each.step} for each in evals],
+    }
+    known = [each for each in evals if each is not None]
+    if not known:
+        return {**answer, "rows": [], "next": None, "searched": 0, "of": 0, "counts": None}
+    a, b = (known[0], known[1]) if pick != "b" else (known[1], known[0])
+    conditions: PredictionFilter = {} if pick == "all" else {"min_reward": RIGHT, "worse_in": b.id}
+    page = store.catalogue.evals.predictions(a.id, after, PAGE_ROWS, conditions)
+    scores = store.catalogue.evals.scores([row["id"] for row in page["rows"]], [each.id for each in known])
+    places = {each.id: place for place, each in enumerate(known)}
+    rows = [
+        {
+            **_encodable(row),
+            "scores": [None if each is None else scores[row["id"]][places[each.id]] for each in evals],
+        }
+        for row in page["rows"]
+    ]
+    return {
+        **answer,
+        "rows": rows,
+        "next": None if page["next"] is None else str(page["next"]),
+        "searched": page["searched"],
+        "of": a.predictions,
+        "counts": store.catalogue.evals.agreement(known[0], known[1], RIGHT),
+    }
 
 
 def decode_filter(text: str) -> PredictionFilter:

@@ -36,6 +36,8 @@ _PREVIEW: Final = 300
 _MAX_SEARCHED: Final = 50_000
 _MAX_COMPARED: Final = 20_000
 """With a text, of which each comparison takes some microseconds."""
+_MAX_PAIRED: Final = 20_000
+"""Predictions of an eval that are compared one by one with those of another."""
 _BATCH: Final = 500
 _decode: Final = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -233,6 +235,34 @@ class Evals:
             else:
                 position = found[-1][0] if len(found) == size else end
         return {"rows": rows, "next": position if position < last else None, "searched": position - first + 1}
+
+    def scores(self, ids: Sequence[int], evals: Sequence[int]) -> dict[int, list[float | None]]:
+        """Return for each of these predictions the reward that each of these evals has for the same task, or None."""
+        found: dict[int, list[float | None]] = {}
+        for id_ in ids:
+            [(task,)] = self._database.query("SELECT task FROM prediction WHERE id = ?", id_)
+            found[id_] = []
+            for each in evals:
+                rows = self._database.query(
+                    "SELECT reward FROM prediction WHERE task = ? AND id BETWEEN ? AND ? ORDER BY id LIMIT 1",
+                    *(task, *_range(each)),
+                )
+                found[id_].append(rows[0][0] if rows else None)
+        return found
+
+    def agreement(self, a: EvalRow, b: EvalRow, right: float) -> dict[str, int] | None:
+        """Return how many common tasks two evals have right: both, one or none of them; None for too many tasks."""
+        if max(a.predictions, b.predictions) > _MAX_PAIRED:
+            return None
+        [row] = self._database.query(
+            "SELECT COUNT(*), SUM(a.reward >= ? AND b.reward >= ?), SUM(a.reward >= ? AND b.reward < ?), "
+            "SUM(a.reward < ? AND b.reward >= ?) FROM prediction a JOIN prediction b ON b.task = a.task "
+            "AND b.id BETWEEN ? AND ? WHERE a.id BETWEEN ? AND ? AND a.reward IS NOT NULL AND b.reward IS NOT NULL",
+            *(right,) * 6,
+            *(*_range(b.id), *_range(a.id)),
+        )
+        tasks, both, only_a, only_b = (int(each or 0) for each in row)
+        return {"tasks": tasks, "both": both, "a": only_a, "b": only_b, "none": tasks - both - only_a - only_b}
 
     def prediction(self, id_: int) -> dict[str, Any] | None:
         """Return a prediction with all its texts, or None."""

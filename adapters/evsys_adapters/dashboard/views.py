@@ -31,6 +31,9 @@ _MAX_LINE: Final = 300
 _MAX_EVALS: Final = 300
 _MAX_CONTENTS: Final = 300
 _MAX_STATUSES: Final = 2_000
+_MAX_READ_POINTS: Final = 200_000
+_LOOK_BACK: Final = 4_096
+"""Of a long series, how many steps before a step its last value may lie at least."""
 _UPLOAD_EVENTS: Final = {
     "upload_progress": "uploading",
     "checkpoint_uploaded": "uploaded",
@@ -130,7 +133,14 @@ class _FilteredRun:
         return self._values.last(name)
 
 
-def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = (), now: float | None = None) -> Json:
+def runs(
+    store: Store,
+    public_id: str,
+    text: str = "",
+    metrics: Sequence[str] = (),
+    now: float | None = None,
+    at: Sequence[tuple[int, str]] = (),
+) -> Json:
     """Return the runs of an experiment that match a filter.
 
     Args:
@@ -139,6 +149,8 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
         text: See `evsys_bus.filters`; if it cannot be parsed, ``problem`` has why, and all runs are returned.
         metrics: Those whose values are returned; by default the first three.
         now: The time by which runs count as stalled.
+        at: Steps and metrics whose values at that step, or the last ones before it, are returned of runs that have come
+            so far.
 
     Raises:
         LookupError: There is no such experiment.
@@ -174,6 +186,7 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
                 "seconds": _seconds(run, now),
                 "last": [_finite(values.last(name)) for name in shown],
                 "best": [_finite(values.best(name, directions[name])) for name in shown],
+                "at": [_value_at(store, values, run, step, name) for step, name in at[:_MAX_METRICS]],
             }
         )
     varying = list(dict.fromkeys(key for row in page["runs"] for key in row["config"]))
@@ -187,9 +200,15 @@ def runs(store: Store, public_id: str, text: str = "", metrics: Sequence[str] = 
         "config": varying,
         "metrics": [*directions],
         "shown": [{"name": name, "direction": directions[name]} for name in shown],
+        "at": [{"step": step, "name": name} for step, name in at[:_MAX_METRICS]],
         "arms": shown_arms(record, records.values()),
         "rows": rows,
     }
+
+
+def _value_at(store: Store, values: RunValues, run: RunRecord, step: int, name: str) -> float | None:
+    has_come_so_far = run.step is not None and run.step >= step
+    return values_at(store, values.series.get(name), [step])[0] if has_come_so_far else None
 
 
 def run(store: Store, public_id: str, now: float | None = None) -> Json:
@@ -200,7 +219,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     """
     now = clock.time() if now is None else now
     catalogue = store.catalogue
-    record = _run(store, public_id)
+    record = find_run(store, public_id)
     experiment = catalogue.records.experiment(record.experiment)
     assert experiment is not None
     values = RunValues(record, store.series.names(record.id))
@@ -255,6 +274,18 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     }
 
 
+def run_record_and_head(store: Store, public_id: str, now: float | None = None) -> tuple[RunRecord, Json]:
+    """Return the record of a run, and what each page of it shows first.
+
+    Raises:
+        LookupError: There is no such run.
+    """
+    record = find_run(store, public_id)
+    experiment = store.catalogue.records.experiment(record.experiment)
+    assert experiment is not None
+    return record, _run_head(record, experiment, clock.time() if now is None else now)
+
+
 def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -> Json:
     """Return several runs side by side: what differs in their configs, and their metrics.
 
@@ -265,7 +296,7 @@ def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -
     unknown: list[str] = []
     for public_id in dict.fromkeys(public_ids[:MAX_COMPARED]):
         try:
-            record = _run(store, public_id)
+            record = find_run(store, public_id)
         except LookupError:
             unknown.append(public_id[:_MAX_LINE])
             continue
@@ -291,10 +322,18 @@ def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -
         "now": now,
         "unknown": unknown,
         "runs": [_run_head(record, experiment, now) for record, experiment in found],
+        "arms": _common_arms(store, [experiment for _, experiment in found]),
         "config": [{"key": key, "values": [_short_value(config.get(key)) for config in configs]} for key in differing],
         "same": len({key for config in configs for key in config} - {*differing}),
         "metrics": metrics,
     }
+
+
+def _common_arms(store: Store, experiments: Sequence[ExperimentRecord]) -> list[str]:
+    """Return the arms of the experiment if it is the only one, for their colours."""
+    if len({each.id for each in experiments}) != 1:
+        return []
+    return shown_arms(experiments[0], store.catalogue.records.runs(experiments[0].id))
 
 
 def health(store: Store, now: float | None = None) -> Json:
@@ -353,7 +392,8 @@ def find_experiment(store: Store, public_id: str) -> ExperimentRecord:
     return record
 
 
-def _run(store: Store, public_id: str) -> RunRecord:
+def find_run(store: Store, public_id: str) -> RunRecord:
+    """Return a run that is not in the trash. Raises LookupError if there is none of this id."""
     id_ = store.catalogue.run_id(public_id)
     record = None if id_ is None else store.catalogue.records.run(id_)
     if record is None or record.hidden is not None:
@@ -411,6 +451,25 @@ def shown_arms(experiment: ExperimentRecord, runs: Iterable[RunRecord]) -> list[
     """Return the arms of an experiment, planned ones first."""
     planned = [name[:_MAX_LINE] for name in experiment.planned_arms]
     return list(dict.fromkeys([*planned, *map(shown_arm, runs)]))
+
+
+def values_at(store: Store, info: SeriesInfo | None, steps: Sequence[int]) -> list[float | None]:
+    """Return the last value of a series up to each step; None where there is none."""
+    import numpy as np
+
+    if info is None or not steps:
+        return [None] * len(steps)
+    # The steps of a long series are read one by one, with as many before each as its points may be apart.
+    look_back = max(_LOOK_BACK, _LOOK_BACK * ((info.last_step or 0) + 1) // max(1, 64 * info.n))
+    if info.n <= min(_MAX_READ_POINTS, _LOOK_BACK * len(steps)):
+        lines = [store.series.read([info.id], width=1).lines[0]] * len(steps)
+    else:
+        lines = [store.series.read([info.id], first=step - look_back, last=step, width=1).lines[0] for step in steps]
+    values: list[float | None] = []
+    for line, step in zip(lines, steps, strict=True):
+        place = int(np.searchsorted(line.x, step, side="right")) - 1
+        values.append(None if place < 0 else finite(float(line.last[place])))
+    return values
 
 
 def _seconds(run: RunRecord, now: float) -> float | None:

@@ -134,6 +134,7 @@ _VIEWS: Final[Json] = {
                 "q", "query", _TEXT, "A filter as of `evsys-bus runs --filter`; `problem` says what is wrong in it."
             ),
             _parameter("metric", "query", _TEXT, "A metric whose last and best values are wanted; may be repeated."),
+            _parameter("at", "query", _TEXT, "STEP:METRIC whose values at that step are wanted; may be repeated."),
         ],
         none="No such experiment.",
     ),
@@ -148,8 +149,30 @@ _VIEWS: Final[Json] = {
         [_parameter("id", "path", _TEXT, "The run.")],
         none="No such run.",
     ),
+    "/api/runs/{id}/events": _view(
+        "The events of a run, newest first, page by page: of its journal, else what the database keeps of them",
+        [
+            _parameter("id", "path", _TEXT, "The run."),
+            _parameter("q", "query", _TEXT, "A filter as of the runs; `problem` says what is wrong in it."),
+            _parameter("before", "query", _TEXT, "`next` of the page before."),
+            _parameter("after", "query", _TEXT, "`newest` of an answer: what has come since."),
+        ],
+        none="No such run.",
+    ),
     "/api/compare": _view(
         "Several runs side by side", [_parameter("r", "query", _TEXT, "The id of a run; repeated, up to 24.")]
+    ),
+    "/api/compare/predictions": _view(
+        "What several runs have for the same tasks of an eval, page by page",
+        [
+            _parameter("r", "query", _TEXT, "The id of a run; repeated. The first one is A, the second one B."),
+            _parameter("eval", "query", _TEXT, "The name of the eval."),
+            _parameter(
+                "pick", "query", _choice("all", "a", "b"), "a: those that A has right and B wrong; b: reversed."
+            ),
+            _parameter("after", "query", _TEXT, "`next` of the page before."),
+        ],
+        none="No such run.",
     ),
     "/api/predictions": _view(
         "Predictions of an eval, page by page",
