@@ -1,0 +1,260 @@
+"""`NatsRelay`: sends a journal to a stream of JetStream, from which ``evsys-bus mirror`` writes it again elsewhere.
+
+A message is a batch of consecutive events of one stream; the next one is sent when the server has stored it. What the
+server answers decides what happens:
+
+    stored, or known by its id    delivered
+    the stream is full            RetryLaterError; the journal is the queue
+    no answer, no leader          RetryLaterError; a repeated message is recognized by its id, or by the mirror
+    settings of the stream that
+      would lose events           ParkedError
+    credentials, permissions      ParkedError; see `evsys_adapters.jetstream.connection`
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Final
+
+import msgspec
+
+from evsys_adapters.common.params import require_package, validate_params
+from evsys_adapters.jetstream.connection import AnsweredError, ConnectionConfig, JetStreamConnection
+from evsys_adapters.jetstream.messages import (
+    HEADER_BYTES,
+    Ending,
+    Message,
+    batch_messages,
+    ending_message,
+    split_into_messages,
+)
+from evsys_bus.adapter import Ranks
+from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
+from evsys_bus.journal import JournalReader
+from evsys_bus.sink import RawRecord, Sink
+
+_FULL: Final = frozenset({10077, 10023, 10028, 10047, 10122})
+"""Codes of errors of a stream, a server or an account that has no room now."""
+_NOT_FOUND: Final = 10059
+_WRONG_STREAM: Final = 10060
+_TOO_LARGE: Final = 10054
+_NOT_ENABLED: Final = frozenset({10039, 10076})
+_UNAVAILABLE: Final = 500
+_MIN_BODY_BYTES: Final = 1024
+_MESSAGES_IN_STREAM: Final = 4
+"""A message is at most this part of the stream's ``max_bytes``."""
+
+
+class NatsRelayConfig(ConnectionConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of `NatsRelay`."""
+
+    stream: Annotated[str, msgspec.Meta(pattern=r"^[^\s.*>/\\]+$")] = "EVSYS"
+    """The stream of JetStream."""
+    subject_prefix: Annotated[str, msgspec.Meta(pattern=r"^[^\s.*>]+(\.[^\s.*>]+)*$")] = "evsys"
+    """Subjects are ``PREFIX.JOURNAL.STREAM``. Journals with the same prefix are mirrored into one; use a prefix for
+    each job, or each tenant."""
+    create: bool = True
+    """Whether to create the stream if it does not exist."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    """On how many servers a created stream is stored."""
+    max_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] | None = None
+    """The size of a created stream; beyond it the events wait in the journal. None for no limit of its own."""
+
+    def __post_init__(self) -> None:
+        ConnectionConfig.__post_init__(self)
+        require_package("nats_relay", "nats", "nats")
+
+
+class NatsRelay(Sink):
+    """Sends all streams of the journal. Its parameters are those of `NatsRelayConfig`."""
+
+    name: ClassVar[str] = "nats_relay"
+    Config: ClassVar[type | None] = NatsRelayConfig
+    raw: ClassVar[bool] = True
+    ranks: ClassVar[Ranks | None] = "all"
+    write_timeout_seconds: float = 86_400.0  # every request has its own timeout
+    max_batch_seconds: float = 0.1
+    idle_seconds: float | None = 2.0
+
+    def __init__(self, **params: Any) -> None:
+        """Validate the parameters against `NatsRelayConfig`."""
+        self.config = validate_params(NatsRelayConfig, params)
+        self._connection = JetStreamConnection(self.config, "evsys-bus nats_relay")
+        self._jetstream: Any = None
+        self._max_body_bytes = _MIN_BODY_BYTES
+        self._sent: dict[str, int] = {}
+        """By stream, the sequence of the last event that the server has."""
+        self._ended: dict[str, int] = {}
+        """By stream whose end was announced, the sequence of its last event."""
+        self._journal_id = ""
+
+    async def open(self) -> None:
+        """Connect, and check the stream, or create it.
+
+        Raises:
+            ParkedError: The stream has settings that would lose events, or a person has to do something else.
+            RetryLaterError: The server does not answer.
+        """
+        await self._connection.open()
+        self._jetstream = self._connection.jetstream
+        directory = getattr(self.evsys_attached, "directory", None)
+        self._journal_id = (await asyncio.to_thread(lambda: JournalReader(directory).id) if directory else "") or "0"
+        config = await self._stream_config()
+        _check_stream(self.config.stream, config)
+        limits = [self._connection.client.max_payload]
+        if (config.max_msg_size or -1) > 0:
+            limits.append(config.max_msg_size)
+        if (config.max_bytes or -1) > 0:
+            limits.append(config.max_bytes // _MESSAGES_IN_STREAM)
+        self._max_body_bytes = min(limits) - HEADER_BYTES
+        if self._max_body_bytes < _MIN_BODY_BYTES:
+            raise ParkedError(
+                f"{self._where} takes messages of {min(limits)} bytes at most",
+                fix=f"set max_payload, max_msg_size and max_bytes to {HEADER_BYTES + _MIN_BODY_BYTES} or more",
+            )
+
+    async def _stream_config(self) -> Any:
+        """Return the settings of the stream, which is created if it is missing and may be."""
+        config = self.config
+        try:
+            return (await self._request(self._jetstream.stream_info(config.stream))).config
+        except _NoStreamError:
+            if not config.create:
+                subject = f"{config.subject_prefix}.>"
+                command = f"nats stream add {config.stream} --subjects '{subject}' --retention work --discard new"
+                raise ParkedError(f"{self._where} does not exist", fix=f"{command}; or create: true") from None
+        settings = {
+            "subjects": [f"{config.subject_prefix}.>"],
+            "retention": "workqueue",
+            "discard": "new",
+            "storage": "file",
+            "num_replicas": config.replicas,
+            "max_bytes": config.max_bytes or -1,
+        }
+        return (await self._request(self._jetstream.add_stream(name=config.stream, **settings))).config
+
+    async def write(self, batch: Sequence[RawRecord]) -> int | None:
+        """Send the batch, one message after the other; returns how many of its events the server has."""
+        done = 0
+        try:
+            if not self._connection.is_open:
+                await self.open()
+            for events in split_into_messages(batch, self._max_body_bytes):
+                stream, last = events[0].stream, events[-1].sequence
+                after = self._sent.get(stream, events[0].sequence - 1)
+                for message in batch_messages(events, min(after, events[0].sequence - 1), self._max_body_bytes):
+                    await self._publish(stream, message)
+                self._sent[stream] = max(last, self._sent.get(stream, 0))
+                self._ended.pop(stream, None)
+                done += len(events)
+        except (DeliveryError, OSError, asyncio.CancelledError):
+            if not done:
+                raise
+            return done  # what was stored is not sent again
+        return None
+
+    async def on_idle(self) -> None:
+        """Announce the streams that have ended."""
+        if not self._connection.is_open:
+            await self.open()
+        await self._announce_endings()
+
+    async def close(self) -> None:
+        """Announce the streams that have ended, and disconnect."""
+        try:
+            if self._connection.is_open:
+                await self._announce_endings()
+        finally:
+            await self._connection.close()
+
+    def mark(self) -> dict[str, Any]:
+        """Return what was sent, as plain data."""
+        return {"sent": dict(self._sent), "ended": dict(self._ended)}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Restore what was sent from a mark."""
+        self._sent = dict(mark.get("sent", {}))
+        self._ended = dict(mark.get("ended", {}))
+
+    async def _announce_endings(self) -> None:
+        directory = getattr(self.evsys_attached, "directory", None)
+        if directory is None:
+            return
+        candidates = {stream: last for stream, last in self._sent.items() if self._ended.get(stream) != last}
+        for stream, last in candidates.items():
+            ending = await asyncio.to_thread(_ending_of, directory, stream, last)
+            if ending is not None:
+                await self._publish(stream, ending_message(stream, last, ending))
+                self._ended[stream] = last
+
+    async def _publish(self, stream: str, message: Message) -> None:
+        """Publish one message, and wait until the server has stored it."""
+        subject = f"{self.config.subject_prefix}.{self._journal_id}.{stream}"
+        await self._request(
+            self._jetstream.publish(subject, message.body, stream=self.config.stream, headers=message.headers)
+        )
+
+    async def _request(self, request: Any) -> Any:
+        """Wait for an answer of JetStream, and convert its errors."""
+        try:
+            return await self._connection.call(request)
+        except AnsweredError as error:
+            raise self._delivery_error(error) from None
+
+    def _delivery_error(self, error: AnsweredError) -> Exception:
+        code, text = error.code, str(error)
+        if code == _NOT_FOUND:
+            return _NoStreamError(f"{self._where} does not exist")
+        if code in _FULL:
+            return RetryLaterError(
+                f"{self._where} is full: {text}; a mirror empties it, and events wait in the journal until then"
+            )
+        if code == _TOO_LARGE:
+            return RetryLaterError(f"{self._where} takes smaller messages now: {text}")
+        if code == _WRONG_STREAM:
+            subject = f"{self.config.subject_prefix}.>"
+            return ParkedError(
+                f"{self._where} does not get {subject}: {text}",
+                fix="give the stream that subject, or set stream and subject_prefix to those of one stream",
+            )
+        if code in _NOT_ENABLED:
+            return ParkedError(f"{self._where}: {text}", fix="enable JetStream for the server and the account")
+        if error.status >= _UNAVAILABLE:
+            return RetryLaterError(f"{self._where}: {text}")
+        return ParkedError(f"{self._where} refuses it: {text}", fix=f"nats stream info {self.config.stream}")
+
+    @property
+    def _where(self) -> str:
+        return f"the stream {self.config.stream} at {self._connection.where}"
+
+
+class _NoStreamError(RetryLaterError):
+    """The stream does not exist."""
+
+
+def _check_stream(name: str, config: Any) -> None:
+    """Raise ParkedError if events would be lost with these settings of a stream."""
+    expected = {"discard": "new", "retention": "workqueue"}
+    why = {
+        "discard": "a full stream would drop its oldest messages, and a message larger than it at once",
+        "retention": "messages must stay until a mirror has stored them, and be removed then",
+    }
+    for setting, value in expected.items():
+        found = getattr(config, setting)
+        found = getattr(found, "value", found)
+        if found != value:
+            flag = {"workqueue": "work"}.get(value, value)
+            fix = f"nats stream edit {name} --discard {flag}"
+            if setting == "retention":
+                fix = f"remove the stream and create it with --retention {flag}, or set `stream` to another one"
+            raise ParkedError(f"the stream {name} has {setting} {found}, not {value}: {why[setting]}", fix=fix)
+
+
+def _ending_of(directory: str, stream: str, last: int) -> Ending | None:
+    """Return how the writer of a stream has ended; None if it has not, or if there are events after the last one."""
+    reader = JournalReader(directory)
+    if reader.is_live(stream):
+        return None
+    tail = reader.tail(stream, last)
+    if any(True for _ in tail.poll()):
+        return None
+    return "closed" if tail.is_closed else "gone"
