@@ -3,6 +3,7 @@
 import asyncio
 
 import nats
+import pytest
 
 from evsys_adapters import NatsRelay
 from evsys_adapters.jetstream.connection import ConnectionConfig
@@ -11,6 +12,8 @@ from evsys_bus.delivery.progress import read_progress
 from evsys_bus.journal import JournalReader, JournalWriter, verify
 from support.couriers import counted, deliver, read_status
 from support.waiting import wait_until_async
+
+pytestmark = pytest.mark.long_on_uvloop
 
 
 def record(journal, count, *, rank=0, size=100, stream=None):

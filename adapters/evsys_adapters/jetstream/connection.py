@@ -133,9 +133,11 @@ class JetStreamConnection:
         self._errors = (OSError, nats.errors.Error)
         options = await asyncio.to_thread(self._options)
         self._last_error = self._denied = None
+        self._client = nats.NATS()
+        is_connected = False
         try:
             async with asyncio.timeout(self._config.timeout_seconds):
-                self._client = await nats.connect(
+                await self._client.connect(
                     servers=list(self._config.servers),
                     name=self._name,
                     error_cb=self._on_error,
@@ -146,8 +148,12 @@ class JetStreamConnection:
                     connect_timeout=self._config.timeout_seconds,
                     **options,
                 )
+                is_connected = True
         except self._errors as error:
             raise self._connect_error(error) from None
+        finally:
+            if not is_connected:  # the client leaves its socket open
+                await self.close()
 
     def _options(self) -> dict[str, Any]:
         """Return the options of the client for credentials and TLS."""
