@@ -198,12 +198,12 @@ class NatsRelay(Sink):
         try:
             return await self._connection.call(request)
         except AnsweredError as error:
+            if error.code == _NOT_FOUND:
+                raise _NoStreamError(f"{self._where} does not exist") from None
             raise self._delivery_error(error) from None
 
-    def _delivery_error(self, error: AnsweredError) -> Exception:
+    def _delivery_error(self, error: AnsweredError) -> DeliveryError:
         code, text = error.code, str(error)
-        if code == _NOT_FOUND:
-            return _NoStreamError(f"{self._where} does not exist")
         if code in _FULL:
             return RetryLaterError(
                 f"{self._where} is full: {text}; a mirror empties it, and events wait in the journal until then"

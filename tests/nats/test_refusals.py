@@ -93,9 +93,7 @@ async def test_each_role_needs_only_the_permissions_of_the_documentation(tmp_pat
         relay = relay_to(server, user="relay", inbox_prefix="_INBOX_relay")
         assert counted(await deliver(tmp_path / "journal", relay)) == (10, 0, 0)
         monkeypatch.setenv("NATS_PASSWORD", "m")
-        mirror = mirror_of(
-            server, tmp_path / "mirror", consumer="mirror", user="mirror", inbox_prefix="_INBOX_mirror"
-        )
+        mirror = mirror_of(server, tmp_path / "mirror", consumer="mirror", user="mirror", inbox_prefix="_INBOX_mirror")
         await mirror.run(once=True)
         assert mirror.journal.events == 10
 

@@ -195,6 +195,8 @@ async def test_a_mirror_continues_where_it_was_and_takes_one_message_of_others_a
     await client.close()
     await deliver(tmp_path / "journal", relay_to(server))
     mirror, [note] = await mirror_once(server, tmp_path / "mirror")
-    assert note.startswith("refused: evsys.0.r0-000001-20260131T120000-5f3a91c2 has a message that is not of nats_relay")
+    assert note.startswith(
+        "refused: evsys.0.r0-000001-20260131T120000-5f3a91c2 has a message that is not of nats_relay"
+    )
     assert mirror.journal.events == 10
     assert contents(tmp_path / "mirror") == contents(tmp_path / "journal")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -34,7 +35,7 @@ class NatsServer:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
-    def start(self) -> "NatsServer":
+    def start(self) -> Self:
         """Start it, and wait until it takes connections."""
         config = self.folder / "server.conf"
         config.write_text(
@@ -61,7 +62,7 @@ class NatsServer:
             self.process.wait()
             self.process = None
 
-    def __enter__(self) -> "NatsServer":
+    def __enter__(self) -> Self:
         if PROGRAM is None:
             pytest.skip("nats-server is not installed")
         return self.start()

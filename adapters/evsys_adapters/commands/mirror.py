@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
@@ -15,7 +15,7 @@ from evsys_adapters.jetstream.mirror import ACK_WAIT_SECONDS, Mirror
 from evsys_bus.cli.output.formatting import pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option
 
-_LINE_SECONDS = 10.0
+_LINE_SECONDS: Final = 10.0
 
 
 @click.command("mirror")
@@ -23,7 +23,10 @@ _LINE_SECONDS = 10.0
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--stream", default="EVSYS", show_default=True, help="The stream of JetStream.")
 @click.option(
-    "--subject", default="evsys.>", show_default=True, help="What to mirror: PREFIX.> or PREFIX.JOURNAL.> of the relays."
+    "--subject",
+    default="evsys.>",
+    show_default=True,
+    help="What to mirror: PREFIX.> of relays, or PREFIX.JOURNAL.>.",
 )
 @click.option("--consumer", metavar="NAME", help="The durable consumer to use; default: one made for DIR.")
 @click.option("--once", is_flag=True, help="End when the server has no more messages.")

@@ -57,9 +57,9 @@ class ConnectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """A file with the seed of an NKey."""
     user: str | None = None
     """The name of a user; its password is in the environment."""
-    password_env: Annotated[str, msgspec.Meta(min_length=1)] = "NATS_PASSWORD"
+    password_env: Annotated[str, msgspec.Meta(min_length=1)] = "NATS_PASSWORD"  # noqa: S105 # a name
     """The environment variable that has the password of ``user``."""
-    token_env: Annotated[str, msgspec.Meta(min_length=1)] = "NATS_TOKEN"
+    token_env: Annotated[str, msgspec.Meta(min_length=1)] = "NATS_TOKEN"  # noqa: S105 # a name
     """The environment variable that has a token, if the server wants one."""
     tls_ca_file: str | None = None
     """Certificates to trust instead of the system's."""

@@ -1,14 +1,14 @@
 """The messages between `nats_relay` and the mirror: a batch of consecutive events of one stream.
 
-    subject          PREFIX.JOURNAL.STREAM: the id of the journal, and the name of the stream in it
-    body             a msgpack array of byte strings: the payloads, as the journal holds them
-    Nats-Msg-Id      STREAM/FIRST-LAST, by which the server recognizes a message that comes again
-    Evsys-Events     FIRST-LAST: the sequences of the first and the last event
-    Evsys-After      the sequence of the event that was sent before; more than FIRST - 1 never, less if the journal
-                     itself lacks the events between
-    Evsys-Part       I/N: the body is the I-th of N parts of the payload of a single event, FIRST
-    Evsys-Ended      ``closed`` or ``gone``: there are no events, since the writer of the stream has closed it or has
-                     ended without that; FIRST-LAST are those of the last event
+subject          PREFIX.JOURNAL.STREAM: the id of the journal, and the name of the stream in it
+body             a msgpack array of byte strings: the payloads, as the journal holds them
+Nats-Msg-Id      STREAM/FIRST-LAST, by which the server recognizes a message that comes again
+Evsys-Events     FIRST-LAST: the sequences of the first and the last event
+Evsys-After      the sequence of the event that was sent before; more than FIRST - 1 never, less if the journal
+itself lacks the events between
+Evsys-Part       I/N: the body is the I-th of N parts of the payload of a single event, FIRST
+Evsys-Ended      ``closed`` or ``gone``: there are no events, since the writer of the stream has closed it or has
+ended without that; FIRST-LAST are those of the last event
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,15 +113,14 @@ def read_message(subject: str, headers: Mapping[str, str] | None, body: bytes) -
         payloads = [body] if part is not None else [] if ending is not None else _decode(body)
     except (KeyError, msgspec.DecodeError) as error:
         raise ValueError(f"{subject} has a message that is not of nats_relay: {error!r}") from None
+    stream = subject.rpartition(".")[2]
     if ending is not None:
-        if ending not in {"closed", "gone"}:
-            raise ValueError(f"{subject}: {ENDED} is {ending!r:.40}")
-        return ReceivedBatch(subject.rpartition(".")[2], first, last, after, ending="closed" if ending == "closed" else "gone")
+        return ReceivedBatch(stream, first, last, after, ending="closed" if ending == "closed" else "gone")
     if not 0 < first <= last or last - first + 1 != len(payloads):
         raise ValueError(f"{subject} has a message of the events {first} to {last} with {len(payloads)} payloads")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise ValueError(f"{subject} has a message with part {part[0]} of {part[1]}")
-    return ReceivedBatch(subject.rpartition(".")[2], first, last, after, payloads, part)
+    return ReceivedBatch(stream, first, last, after, payloads, part)
 
 
 def _pair(text: str, separator: str) -> tuple[int, int]:

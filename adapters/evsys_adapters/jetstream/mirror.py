@@ -224,13 +224,14 @@ class Mirror:
                 before = self.messages
                 try:
                     await self._mirror(once=once)
-                    return
                 except RetryLaterError as error:
                     if once:
                         raise
                     pause = _FIRST_PAUSE_SECONDS if self.messages > before else min(2 * pause, _MAX_PAUSE_SECONDS)
                     self._note(f"{error.what}; trying again")
                     await self._connection.sleep(pause)
+                else:
+                    return
         except TimeoutError:
             if not self._connection.is_stopped:
                 raise
@@ -321,9 +322,7 @@ class Mirror:
 
     async def _is_empty(self) -> bool:
         """Whether the server has no message for this mirror, and none that was sent and not acknowledged."""
-        info = await self._connection.call(
-            self._connection.jetstream.consumer_info(self._stream, self._consumer)
-        )
+        info = await self._connection.call(self._connection.jetstream.consumer_info(self._stream, self._consumer))
         return not info.num_pending and not info.num_ack_pending
 
     async def _record(self, message: Any) -> None:
@@ -363,4 +362,3 @@ class Mirror:
         if error.status >= _UNAVAILABLE:
             return RetryLaterError(f"{where}: {error}")
         return ParkedError(f"{where} refuses the mirror: {error}", fix=f"nats stream info {self._stream}")
-
