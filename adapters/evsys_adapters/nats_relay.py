@@ -72,6 +72,9 @@ class NatsRelay(Sink):
     raw: ClassVar[bool] = True
     ranks: ClassVar[Ranks | None] = "all"
     write_timeout_seconds: float = 86_400.0  # every request has its own timeout
+    max_batch_events: int = 2500
+    max_batch_bytes: int = 1_000_000
+    """Fits into the ``max_payload`` of a server by default. Large, since a mirror syncs once for each message."""
     max_batch_seconds: float = 0.1
     idle_seconds: float | None = 2.0
 

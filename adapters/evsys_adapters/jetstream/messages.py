@@ -55,9 +55,17 @@ def split_into_messages(batch: Sequence[RawRecord], max_body_bytes: int) -> Iter
     """Split a batch into slices that each fit into one message, or are a single event.
 
     Args:
-        batch: Events of any streams, each stream's in order.
+        batch: Events of any streams, each stream's in order; at least one.
         max_body_bytes: The largest body.
     """
+    first, last = batch[0], batch[-1]
+    if (
+        last.sequence - first.sequence + 1 == len(batch)
+        and all(each.stream == first.stream for each in batch)
+        and sum(len(each.payload) + _ARRAY_BYTES for each in batch) + _ARRAY_BYTES <= max_body_bytes
+    ):
+        yield batch  # the usual case, and by far the fastest to check
+        return
     start = size = 0
     previous = None
     for index, each in enumerate(batch):
