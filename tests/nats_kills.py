@@ -96,16 +96,23 @@ class Scenario:
         """Deliver and mirror the rest."""
         for writer in self.writers:
             writer.close()
-        self.stop()
-        for command in ([*self.command("relay"), "--finish"], [*self.command("mirror"), "--once"]):
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-            if done.returncode:
-                raise Violation(f"{command} ends with {done.returncode}: {done.stderr[-3000:]}")
+        self.stop("relay")
+        self.run([*self.command("relay"), "--finish"])  # while the mirror empties the stream
+        self.stop("mirror")
+        self.run([*self.command("mirror"), "--once"])
 
-    def stop(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
+    @staticmethod
+    def run(command: list[str | Path]) -> None:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        if done.returncode:
+            raise Violation(f"{command} ends with {done.returncode}: {done.stderr[-3000:]}")
+
+    def stop(self, *names: str) -> None:
+        for name in names or list(self.processes):
+            process = self.processes.pop(name, None)
+            if process is not None:
+                process.kill()
+                process.wait()
 
     def compare(self) -> int:
         """Return the number of events; raises `Violation` if the mirror differs."""

@@ -4,11 +4,15 @@ import json
 import signal
 import subprocess
 
+import pytest
+
 from evsys_bus import Eval, EventBus, build_callbacks
 from evsys_bus.journal import JournalReader
 from support.journals import read_events, read_records
 from support.programs import EVSYS_BUS
 from support.waiting import wait_until
+
+pytestmark = pytest.mark.servers
 
 
 def publish(journal, server, count):

@@ -1,6 +1,10 @@
 """What a relay and a mirror do where a person has to act: credentials, permissions, settings, a second mirror."""
 
+import base64
+import json
 import os
+import shutil
+import subprocess
 
 import nats
 import nkeys
@@ -14,7 +18,7 @@ from evsys_bus.journal import JournalWriter
 from support.couriers import counted, deliver
 from support.nats_server import NatsServer
 
-pytestmark = pytest.mark.long_on_uvloop
+pytestmark = [pytest.mark.long_on_uvloop, pytest.mark.servers]
 
 ROLES = """
 authorization {
@@ -77,6 +81,68 @@ async def test_an_nkey_is_read_from_its_file(tmp_path):
         with pytest.raises(ParkedError, match="cannot be read"):
             await relay_to(server, nkey_file=str(tmp_path / "other.nk")).open()
         relay = relay_to(server, nkey_file=str(tmp_path / "user.nk"))
+        await relay.open()
+        await relay.close()
+
+
+def signed_jwt(account, subject, name, kind, claims):
+    """Return a JWT as `nsc` makes them, signed by the account or operator."""
+    issuer = account.public_key.decode()
+    payload = {"jti": name, "iat": 1_700_000_000, "iss": issuer, "name": name, "sub": subject}
+    body = payload | {"nats": {"type": kind, "version": 2, **claims}}
+    parts = [json.dumps(each).encode() for each in ({"typ": "JWT", "alg": "ed25519-nkey"}, body)]
+    text = b".".join(base64.urlsafe_b64encode(each).rstrip(b"=") for each in parts)
+    return b".".join((text, base64.urlsafe_b64encode(account.sign(text)).rstrip(b"="))).decode()
+
+
+def key_pair(prefix):
+    seed = nkeys.encode_seed(os.urandom(32), prefix)
+    return nkeys.from_seed(bytearray(seed)), bytes(seed).decode()
+
+
+async def test_a_credentials_file_has_the_jwt_and_the_seed(tmp_path):
+    operator, _ = key_pair(nkeys.PREFIX_BYTE_OPERATOR)
+    account, _ = key_pair(nkeys.PREFIX_BYTE_ACCOUNT)
+    system, _ = key_pair(nkeys.PREFIX_BYTE_ACCOUNT)
+    user, seed = key_pair(nkeys.PREFIX_BYTE_USER)
+    account_id, user_id = account.public_key.decode(), user.public_key.decode()
+    operator_jwt = signed_jwt(operator, operator.public_key.decode(), "operator", "operator", {})
+    limits = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1, "subs": -1, "data": -1}
+    limits |= {"payload": -1, "conn": -1, "leaf": -1, "imports": -1, "exports": -1}
+    account_jwt = signed_jwt(operator, account_id, "account", "account", {"limits": limits})
+    user_jwt = signed_jwt(account, user_id, "user", "user", {"subs": -1, "data": -1, "payload": -1})
+    (tmp_path / "user.creds").write_text(
+        f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n",
+        encoding="utf-8",
+    )
+    system_id = system.public_key.decode()
+    system_jwt = signed_jwt(
+        operator, system_id, "system", "account", {"limits": limits | {"mem_storage": 0, "disk_storage": 0}}
+    )
+    preload = f"resolver_preload: {{ {account_id}: {account_jwt}, {system_id}: {system_jwt} }}"
+    settings = f"operator: {operator_jwt}\nsystem_account: {system_id}\nresolver: MEMORY\n{preload}"
+    with NatsServer(tmp_path / "nats", settings) as server:
+        relay = relay_to(server, credentials_file=str(tmp_path / "user.creds"))
+        record(tmp_path / "journal")
+        assert counted(await deliver(tmp_path / "journal", relay)) == (10, 0, 0)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_tls_needs_the_certificates_of_the_authority_and_of_the_client(tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    options = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=test"]
+    options += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", "req", *options], check=True, capture_output=True)  # noqa: ASYNC221  # as a fixture
+    settings = f'tls {{ cert_file: "{certificate}", key_file: "{key}", ca_file: "{certificate}", verify: true }}'
+    files = {"tls_ca_file": str(certificate), "tls_certificate_file": str(certificate), "tls_key_file": str(key)}
+    with NatsServer(tmp_path / "nats", settings) as server:
+        with pytest.raises(ParkedError, match="is not trusted") as caught:
+            await relay_to(server).open()
+        assert "tls_ca_file" in caught.value.fix
+        with pytest.raises(ParkedError, match="the TLS files cannot be used"):
+            await relay_to(server, **files | {"tls_ca_file": str(tmp_path / "missing")}).open()
+        relay = relay_to(server, **files)
         await relay.open()
         await relay.close()
 

@@ -13,7 +13,7 @@ from evsys_bus.journal import JournalReader, JournalWriter, verify
 from support.couriers import counted, deliver, read_status
 from support.waiting import wait_until_async
 
-pytestmark = pytest.mark.long_on_uvloop
+pytestmark = [pytest.mark.long_on_uvloop, pytest.mark.servers]
 
 
 def record(journal, count, *, rank=0, size=100, stream=None):
@@ -185,16 +185,19 @@ async def test_a_gap_of_the_original_is_one_of_the_mirror(server, tmp_path):
     assert contents(tmp_path / "mirror") == contents(tmp_path / "journal")
 
 
-async def test_a_mirror_continues_where_it_was_and_takes_one_message_of_others_away(server, tmp_path):
+async def test_a_mirror_continues_where_it_was_and_refuses_messages_of_others(server, tmp_path):
     record(tmp_path / "journal", 10)
     await deliver(tmp_path / "journal", relay_to(server))
     await mirror_once(server, tmp_path / "mirror")
     record(tmp_path / "journal", 10)
     client = await nats.connect(server.url)
     await client.jetstream().publish("evsys.0.r0-000001-20260131T120000-5f3a91c2", b"of somebody else")
+    headers = {"Evsys-Events": "1-1", "Evsys-After": "0"}
+    await client.jetstream().publish("evsys.0.lock", b"\x91\xc4\x01x", headers=headers)
     await client.close()
     await deliver(tmp_path / "journal", relay_to(server))
-    mirror, [note] = await mirror_once(server, tmp_path / "mirror")
+    mirror, [note, other] = await mirror_once(server, tmp_path / "mirror")
+    assert "which no journal can have" in other
     assert note.startswith(
         "refused: evsys.0.r0-000001-20260131T120000-5f3a91c2 has a message that is not of nats_relay"
     )

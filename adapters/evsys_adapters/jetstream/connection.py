@@ -27,7 +27,7 @@ _URL: Final = re.compile(r"^(nats|tls|ws|wss)://[^/\s?#@]+/?$")
 _DENIED: Final = re.compile(r"permissions violation for (\w+) to \"?([^\s\"]+)", re.IGNORECASE)
 _REFUSED: Final = re.compile(r"authorization violation|authentication|account (is )?disabled|nkey|jwt", re.IGNORECASE)
 _MAX_SHOWN: Final = 300
-_CLOSE_SECONDS: Final = 3.0
+_CLOSE_SECONDS: Final = 1.0
 
 Result = TypeVar("Result")
 

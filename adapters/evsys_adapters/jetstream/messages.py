@@ -16,6 +16,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from evsys_bus.journal import layout
 from evsys_bus.sink import RawRecord
 
 ID: Final = "Nats-Msg-Id"
@@ -25,6 +26,7 @@ PART: Final = "Evsys-Part"
 ENDED: Final = "Evsys-Ended"
 HEADER_BYTES: Final = 1024
 """More than the subject and the headers of a message take."""
+_MAX_SEQUENCE: Final = 1 << 63
 _ARRAY_BYTES: Final = 5
 """What the body has for itself, and for each payload in it."""
 
@@ -122,9 +124,11 @@ def read_message(subject: str, headers: Mapping[str, str] | None, body: bytes) -
     except (KeyError, msgspec.DecodeError) as error:
         raise ValueError(f"{subject} has a message that is not of nats_relay: {error!r}") from None
     stream = subject.rpartition(".")[2]
+    if not layout.is_stream_name(stream) or not 0 <= first <= last < _MAX_SEQUENCE:
+        raise ValueError(f"{subject:.200} has a message of events {first} to {last}, which no journal can have")
     if ending is not None:
         return ReceivedBatch(stream, first, last, after, ending="closed" if ending == "closed" else "gone")
-    if not 0 < first <= last or last - first + 1 != len(payloads):
+    if not first or last - first + 1 != len(payloads):
         raise ValueError(f"{subject} has a message of the events {first} to {last} with {len(payloads)} payloads")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise ValueError(f"{subject} has a message with part {part[0]} of {part[1]}")

@@ -218,7 +218,7 @@ class Mirror:
             JournalOpenError: The journal cannot be written, or another mirror writes it.
         """
         await asyncio.to_thread(self.journal.open)
-        pause = _FIRST_PAUSE_SECONDS
+        pause, shown = _FIRST_PAUSE_SECONDS, ""
         try:
             while not self._connection.is_stopped:
                 before = self.messages
@@ -228,7 +228,9 @@ class Mirror:
                     if once:
                         raise
                     pause = _FIRST_PAUSE_SECONDS if self.messages > before else min(2 * pause, _MAX_PAUSE_SECONDS)
-                    self._note(f"{error.what}; trying again")
+                    if error.what != shown or self.messages > before:
+                        shown = error.what
+                        self._note(f"{shown}; trying again")
                     await self._connection.sleep(pause)
                 else:
                     return
