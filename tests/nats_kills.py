@@ -38,6 +38,7 @@ PAYLOAD = b"x" * 340
 async def relay(directory: Path, url: str, *, finish: bool) -> None:
     """Deliver the journal until all of it is delivered, or without end."""
     adapter = NatsRelay(servers=[url], timeout_seconds=2)
+    adapter.max_batch_events = 500  # many messages
     courier = Courier(directory / "journal", "relay", adapter, DeliveryPolicy(ranks=None))
     if finish:
         courier.finish()

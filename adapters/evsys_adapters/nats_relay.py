@@ -1,7 +1,7 @@
 """`NatsRelay`: sends a journal to a stream of JetStream, from which ``evsys-bus mirror`` writes it again elsewhere.
 
-A message is a batch of consecutive events of one stream; the next one is sent when the server has stored it. What the
-server answers decides what happens:
+A message is a batch of consecutive events of one stream; the next one of that stream is sent when the server has stored
+it. What the server answers decides what happens:
 
     stored, or known by its id    delivered
     the stream is full            RetryLaterError; the journal is the queue
@@ -12,8 +12,9 @@ server answers decides what happens:
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -40,6 +41,12 @@ _TOO_LARGE: Final = 10054
 _NOT_ENABLED: Final = frozenset({10039, 10076})
 _UNAVAILABLE: Final = 500
 _MIN_BODY_BYTES: Final = 1024
+_MIN_BATCH_SECONDS: Final = 0.1
+_MAX_BATCH_SECONDS: Final = 10.0
+_SECONDS_PER_STREAM: Final = 0.01
+"""How much longer a batch waits with each stream that has events: a relay sends about 100 messages a second."""
+_MAX_MESSAGE_BYTES: Final = 1 << 20
+"""The largest message, also where the server takes larger ones."""
 _MESSAGES_IN_STREAM: Final = 4
 """A message is at most this part of the stream's ``max_bytes``."""
 
@@ -72,10 +79,10 @@ class NatsRelay(Sink):
     raw: ClassVar[bool] = True
     ranks: ClassVar[Ranks | None] = "all"
     write_timeout_seconds: float = 86_400.0  # every request has its own timeout
-    max_batch_events: int = 2500
-    max_batch_bytes: int = 1_000_000
-    """Fits into the ``max_payload`` of a server by default. Large, since a mirror syncs once for each message."""
-    max_batch_seconds: float = 0.1
+    max_batch_events: int = 20_000
+    max_batch_bytes: int = 8 << 20
+    """Large, for many streams: each gets messages of its own, and a mirror syncs once for each message."""
+    max_batch_seconds: float = _MIN_BATCH_SECONDS
     idle_seconds: float | None = 2.0
 
     def __init__(self, **params: Any) -> None:
@@ -103,7 +110,7 @@ class NatsRelay(Sink):
         self._journal_id = (await asyncio.to_thread(lambda: JournalReader(directory).id) if directory else "") or "0"
         config = await self._stream_config()
         _check_stream(self.config.stream, config)
-        limits = [self._connection.client.max_payload]
+        limits = [_MAX_MESSAGE_BYTES, self._connection.client.max_payload]
         if (config.max_msg_size or -1) > 0:
             limits.append(config.max_msg_size)
         if (config.max_bytes or -1) > 0:
@@ -136,24 +143,74 @@ class NatsRelay(Sink):
         return (await self._request(self._jetstream.add_stream(name=config.stream, **settings))).config
 
     async def write(self, batch: Sequence[RawRecord]) -> int | None:
-        """Send the batch, one message after the other; returns how many of its events the server has."""
-        done = 0
+        """Send the batch, one message of each stream at a time; returns how many of its events the server has."""
+        by_stream: dict[str, list[RawRecord]] = {}
+        for each in batch:
+            if each.sequence > self._sent.get(each.stream, 0):  # else it was stored before an error of another stream
+                by_stream.setdefault(each.stream, []).append(each)
         try:
             if not self._connection.is_open:
                 await self.open()
-            for events in split_into_messages(batch, self._max_body_bytes):
-                stream, last = events[0].stream, events[-1].sequence
-                after = self._sent.get(stream, events[0].sequence - 1)
-                for message in batch_messages(events, min(after, events[0].sequence - 1), self._max_body_bytes):
-                    await self._publish(stream, message)
-                self._sent[stream] = max(last, self._sent.get(stream, 0))
-                self._ended.pop(stream, None)
-                done += len(events)
+            await self._send(by_stream)
         except (DeliveryError, OSError, asyncio.CancelledError):
+            done = sum(1 for _ in takewhile(lambda each: each.sequence <= self._sent.get(each.stream, 0), batch))
             if not done:
                 raise
             return done  # what was stored is not sent again
+        self.max_batch_seconds = min(max(_MIN_BATCH_SECONDS, len(by_stream) * _SECONDS_PER_STREAM), _MAX_BATCH_SECONDS)
         return None
+
+    async def _send(self, by_stream: Mapping[str, Sequence[RawRecord]]) -> None:
+        """Send events of several streams, with one message of each under way."""
+        remaining = {stream: self._messages_of(events) for stream, events in by_stream.items()}
+        while remaining:
+            round_: list[_StreamMessage] = []
+            for stream, messages in list(remaining.items()):
+                message = next(messages, None)
+                if message is None:
+                    del remaining[stream]
+                else:
+                    round_.append(message)
+            if len(round_) == 1:
+                await self._publish(round_[0].stream, round_[0].message)
+                self._note_stored(round_[0])
+            elif round_:
+                await self._publish_all(round_)
+
+    def _messages_of(self, events: Sequence[RawRecord]) -> Iterator["_StreamMessage"]:
+        """Yield the messages for events of one stream."""
+        for each in split_into_messages(events, self._max_body_bytes):
+            stream, first, last = each[0].stream, each[0].sequence, each[-1].sequence
+            after = min(self._sent.get(stream, first - 1), first - 1)
+            messages = list(batch_messages(each, after, self._max_body_bytes))
+            for message in messages:
+                yield _StreamMessage(stream, message, last if message is messages[-1] else None)
+
+    async def _publish_all(self, messages: Sequence["_StreamMessage"]) -> None:
+        """Publish messages of different streams, and wait until the server has answered all of them."""
+        answers: list[asyncio.Future[object]] = [
+            await self._request(
+                self._jetstream.publish_async(
+                    self._subject(each.stream),
+                    each.message.body,
+                    stream=self.config.stream,
+                    headers=each.message.headers,
+                )
+            )
+            for each in messages
+        ]
+        await self._request(asyncio.wait(answers))
+        failed = [answer for answer in answers if answer.exception() is not None]
+        for each, answer in zip(messages, answers, strict=True):
+            if answer not in failed:
+                self._note_stored(each)
+        if failed:
+            await self._request(failed[0])
+
+    def _note_stored(self, message: "_StreamMessage") -> None:
+        if message.last is not None:
+            self._sent[message.stream] = message.last
+            self._ended.pop(message.stream, None)
 
     async def on_idle(self) -> None:
         """Announce the streams that have ended."""
@@ -191,10 +248,14 @@ class NatsRelay(Sink):
 
     async def _publish(self, stream: str, message: Message) -> None:
         """Publish one message, and wait until the server has stored it."""
-        subject = f"{self.config.subject_prefix}.{self._journal_id}.{stream}"
         await self._request(
-            self._jetstream.publish(subject, message.body, stream=self.config.stream, headers=message.headers)
+            self._jetstream.publish(
+                self._subject(stream), message.body, stream=self.config.stream, headers=message.headers
+            )
         )
+
+    def _subject(self, stream: str) -> str:
+        return f"{self.config.subject_prefix}.{self._journal_id}.{stream}"
 
     async def _request(self, request: Any) -> Any:
         """Wait for an answer of JetStream, and convert its errors."""
@@ -228,6 +289,15 @@ class NatsRelay(Sink):
     @property
     def _where(self) -> str:
         return f"the stream {self.config.stream} at {self._connection.where}"
+
+
+class _StreamMessage(NamedTuple):
+    """A message of a stream."""
+
+    stream: str
+    message: Message
+    last: int | None
+    """The last event that the server has when it has this message; None for a part that others follow."""
 
 
 class _NoStreamError(RetryLaterError):

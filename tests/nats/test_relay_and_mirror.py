@@ -53,6 +53,20 @@ async def test_a_mirror_has_the_events_of_all_streams_byte_for_byte(server, tmp_
     assert not any(each.missing_ranges or each.corrupt_ranges for each in verify(tmp_path / "mirror").streams)
 
 
+async def test_a_batch_of_many_streams_is_one_message_for_each(server, tmp_path):
+    writers = [JournalWriter(tmp_path / "journal", rank=rank).open() for rank in range(20)]
+    for number in range(400):
+        writers[number % 20].append(b"%d" % number)
+    relay = relay_to(server)
+    await deliver(tmp_path / "journal", relay)
+    assert relay.max_batch_seconds == 0.2  # more streams, longer batches: messages a second are what a mirror costs
+    mirror, _ = await mirror_once(server, tmp_path / "mirror")
+    assert (mirror.messages, mirror.journal.events) == (20, 400)
+    assert contents(tmp_path / "mirror") == contents(tmp_path / "journal")
+    for writer in writers:
+        writer.close()
+
+
 async def test_the_end_of_a_stream_reaches_the_mirror(server, tmp_path):
     closed = record(tmp_path / "journal", 3)
     writer = JournalWriter(tmp_path / "journal", rank=1).open()
@@ -83,6 +97,7 @@ async def test_the_end_of_a_stream_reaches_the_mirror(server, tmp_path):
 async def test_a_server_that_is_killed_and_started_again_loses_nothing(server, tmp_path):
     record(tmp_path / "journal", 15_000)
     relay = relay_to(server)
+    relay.max_batch_events = 500
     task = asyncio.create_task(deliver(tmp_path / "journal", relay))
     await wait_until_async(lambda: any(each.delivered > 2000 for each in read_progress(tmp_path / "journal")))
     server.kill()
@@ -98,15 +113,14 @@ async def test_events_that_come_again_in_other_batches_after_the_dedupe_window_c
     client = await nats.connect(server.url)
     settings = {"subjects": ["evsys.>"], "retention": "workqueue", "discard": "new", "duplicate_window": 0.1}
     await client.jetstream().add_stream(name="EVSYS", **settings)
-    await deliver(tmp_path / "journal", relay_to(server), name="first")
-    await asyncio.sleep(0.3)
-    again = relay_to(server)
-    again.max_batch_events = 350
-    await deliver(tmp_path / "journal", again, name="second")  # from the first event on, as after a kill
-    await deliver(tmp_path / "journal", relay_to(server), name="third")  # some with the ids of the first
+    for name, events in (("first", 500), ("second", 350), ("third", 500)):
+        relay = relay_to(server)
+        relay.max_batch_events = events
+        await deliver(tmp_path / "journal", relay, name=name)  # from the first event on, as after a kill
+        await asyncio.sleep(0.3)
     info = await client.jetstream().stream_info("EVSYS")
     await client.close()
-    assert info.state.messages >= 3 + 4
+    assert info.state.messages >= 3 + 4 + 3
     mirror, notes = await mirror_once(server, tmp_path / "mirror")
     assert (mirror.journal.events, mirror.journal.missing, notes) == (1200, [], [])
     assert [each.sequence for each in JournalReader(tmp_path / "mirror").read(stream)] == [*range(1, 1201)]
