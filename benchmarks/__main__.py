@@ -14,6 +14,7 @@ from benchmarks import loggers as heavy
 from benchmarks.dashboard import DashboardSuite
 from benchmarks.evsys_logger import EvsysLoggerSuite
 from benchmarks.frameworks import FRAMEWORKS, FrameworkRuns
+from benchmarks.relay import RelaySuite
 from benchmarks.survival import TaskSurvival
 from benchmarks.upload_steps import UploadSteps
 from benchmarks.uploads import Uploads
@@ -58,6 +59,7 @@ def _suites() -> Mapping[str, Suite]:
         Uploads(),
         UploadSteps(),
         EvsysLoggerSuite(),
+        RelaySuite(),
         FrameworkRuns(),
         _DASHBOARD,
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from evsys_adapters.evsys_logger import EvsysLoggerCallback
     from evsys_adapters.local_logger import LocalLoggerCallback
     from evsys_adapters.mlflow_logger import MlflowLoggerCallback
+    from evsys_adapters.nats_relay import NatsRelay
     from evsys_adapters.print_progress import PrintProgressCallback
     from evsys_adapters.system_metrics import SystemMetricsCallback
     from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
@@ -30,6 +31,7 @@ _MODULE_OF: Final = {
     "EvsysLoggerCallback": "evsys_logger",
     "LocalLoggerCallback": "local_logger",
     "MlflowLoggerCallback": "mlflow_logger",
+    "NatsRelay": "nats_relay",
     "PrintProgressCallback": "print_progress",
     "SystemMetricsCallback": "system_metrics",
     "TensorBoardLoggerCallback": "tensorboard_logger",
@@ -46,6 +48,7 @@ __all__ = [
     "EvsysLoggerCallback",
     "LocalLoggerCallback",
     "MlflowLoggerCallback",
+    "NatsRelay",
     "PrintProgressCallback",
     "SystemMetricsCallback",
     "TensorBoardLoggerCallback",

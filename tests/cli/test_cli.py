@@ -193,6 +193,7 @@ def test_doctor_looks_for_everything_that_the_package_and_its_extras_need():
         "demo",
         "evsys",
         "mlflow",
+        "nats",
         "s3",
         "system",
         "tensorboard",

@@ -1,0 +1,1 @@
+"""Journals over JetStream: the connection, the messages, and the mirror that writes them to a journal again."""

@@ -1,0 +1,9 @@
+import pytest
+
+from support.nats_server import NatsServer
+
+
+@pytest.fixture
+def server(tmp_path):
+    with NatsServer(tmp_path / "nats") as server:
+        yield server
