@@ -10,6 +10,8 @@ from evsys_adapters.dashboard.hosted import HostedError
 from evsys_adapters.dashboard.series import Changes
 from support.dashboard_stores import Delivery, context, open_store, points, train
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 NOW = 5_000.0
 
 

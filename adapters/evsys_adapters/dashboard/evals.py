@@ -262,7 +262,9 @@ class Evals:
         lengths: dict[str, int] = {}
         for name, digest in stored.get("long", {}).items():
             beginning, length = self._database.query(
-                "SELECT SUBSTR(body, 1, ?), LENGTH(body) FROM long_text WHERE digest = ?", _PREVIEW, digest
+                "SELECT SUBSTR(body, 1, CAST(? AS INTEGER)), LENGTH(body) FROM long_text WHERE digest = ?",
+                _PREVIEW,
+                digest,
             )[0]
             row[name] = beginning
             lengths[name] = length
