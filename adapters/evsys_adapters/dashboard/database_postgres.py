@@ -208,7 +208,7 @@ def _connection_options(url: str) -> dict[str, Any]:
             problem="refused",
             fix="give postgresql://USER@HOST:PORT/DATABASE; a character with a meaning in URLs as %40 for @",
         ) from None
-    if options.keys() & {"password", "sslpassword"}:
+    if options.keys() & {"password", "sslpassword"} or _PASSWORD_IN_URL.match(url):
         raise StoreError(
             "the URL of the database has a password, which others see in the list of processes",
             problem="refused",
@@ -255,6 +255,7 @@ class _TextLoader(Loader):
 
 
 _TYPES: Final = {"INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA", "TEXT": 'TEXT COLLATE "C"'}
+_PASSWORD_IN_URL: Final = re.compile("^[a-z]+://[^@:]*:[^@]*@")  # with a slash in it, libpq takes it for the port
 _CREATED_TABLE: Final = re.compile(r"\s*CREATE TABLE IF NOT EXISTS (\w+)")
 _ALTERED_TABLE: Final = re.compile(r"\s*ALTER TABLE (\w+)")
 _BLOB_COLUMN: Final = re.compile(r"(\w+) BLOB\b")
