@@ -52,6 +52,8 @@ from support.dashboard_stores import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 
 @pytest.fixture
 def store(tmp_path):

@@ -10,6 +10,8 @@ from evsys_adapters.dashboard.hosted import HostedError
 from evsys_adapters.dashboard.series import Changes
 from support.dashboard_stores import Delivery, context, open_store, points, train
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 NOW = 5_000.0
 
 
@@ -88,7 +90,7 @@ class TestGateway:
         assert call("get_metrics", run_id=run) != []
         assert len(msgspec.json.encode(pages.home(store, NOW))) < 3_000
         [series] = [each.name for each in store.series.names(store.catalogue.run_id(run))]
-        assert len(series) <= 4_096 + len("val/")
+        assert len(series) <= 640 + len("val/")
 
     def test_creations_answer_an_object_with_a_text_as_id(self, call):
         experiment = call("create_experiment", experiment_name="e")

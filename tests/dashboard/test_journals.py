@@ -167,7 +167,7 @@ class TestRebuild:
     def test_an_open_database_is_refused(self, store, tmp_path):
         record_run(tmp_path / "runs/a")
         with pytest.raises(StoreError, match="open in another process"):
-            journals.rebuild(store.path, [tmp_path / "runs/a"])
+            journals.rebuild(store.location, [tmp_path / "runs/a"])
 
 
 class TestTrash:

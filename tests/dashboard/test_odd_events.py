@@ -4,6 +4,7 @@ import contextlib
 from contextlib import closing
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,17 +59,31 @@ EVENTS = st.builds(
 )
 
 
-@settings(
+FEW = settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(
-    st.lists(
-        st.tuples(EVENTS, st.none() | st.sampled_from(["a", "b/c", ""]), RANKS, st.floats()),
-        max_size=25,
-    )
+FEWER = settings(FEW, max_examples=2)  # each creates all the tables, and waits for a server hundreds of times
+HISTORIES = st.lists(
+    st.tuples(EVENTS, st.none() | st.sampled_from(["a", "b/c", ""]), RANKS, st.floats()),
+    max_size=25,
 )
+
+
+@FEW
+@given(HISTORIES)
 def test_odd_events_never_stop_a_store_and_pages_remain_json(tmp_path_factory, events):
-    with closing(open_store(tmp_path_factory.mktemp("odd"))) as store:
+    deliver_odd_events(tmp_path_factory.mktemp("odd"), events)
+
+
+@pytest.mark.servers
+@FEWER
+@given(HISTORIES)
+def test_odd_events_never_stop_a_store_in_postgres(new_postgres_folder, events):
+    deliver_odd_events(new_postgres_folder(), events)
+
+
+def deliver_odd_events(folder, events):
+    with closing(open_store(folder)) as store:
         payloads = [
             msgspec.msgpack.encode({"stream": "s", "seq": n, "time": time, "event": event, "run": run, "rank": rank})
             for n, (event, run, rank, time) in enumerate(events, start=1)
@@ -107,12 +122,24 @@ ARGS = st.dictionaries(
 )
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(st.lists(st.tuples(st.sampled_from(OPS), ARGS, st.sampled_from(["r", "e"])), max_size=25))
+CALLS = st.lists(st.tuples(st.sampled_from(OPS), ARGS, st.sampled_from(["r", "e"])), max_size=25)
+
+
+@FEW
+@given(CALLS)
 def test_odd_calls_are_answered_or_refused_and_never_stop_a_store(tmp_path_factory, calls):
-    with closing(open_store(tmp_path_factory.mktemp("odd"))) as store:
+    make_odd_calls(tmp_path_factory.mktemp("odd"), calls)
+
+
+@pytest.mark.servers
+@FEWER
+@given(CALLS)
+def test_odd_calls_never_stop_a_store_in_postgres(new_postgres_folder, calls):
+    make_odd_calls(new_postgres_folder(), calls)
+
+
+def make_odd_calls(folder, calls):
+    with closing(open_store(folder)) as store:
         for op, args, name in calls:
             given_args = {"run_id": name, "experiment_id": name, "step": 1} | args
             with contextlib.suppress(HostedError):

@@ -23,6 +23,8 @@ from evsys_bus import (
 )
 from support.dashboard_stores import START, Delivery, context, open_store, state_of, train
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 CONFIG = {
     "name": "lr",
     "recipe": "m:f",

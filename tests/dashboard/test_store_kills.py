@@ -12,6 +12,8 @@ from support import TESTS
 from support.point_stores import differing, open_store, points_of
 from support.store_killed import points_until
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 
 def killed(folder, seconds, first, *, after="opened"):
     """Store in another process, kill it some time after its first such line, and return the last acknowledged event."""

@@ -131,9 +131,16 @@ def test_any_history_leaves_the_points_of_a_dict(history, checkpoint_points, tmp
     play(history, checkpoint_points, tmp_path_factory.mktemp("store"))
 
 
+@pytest.mark.servers
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))  # each creates all the tables
+@given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
+def test_any_history_in_postgres_leaves_the_points_of_a_dict(history, checkpoint_points, new_postgres_folder):
+    play(history, checkpoint_points, new_postgres_folder())
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
-def test_many_histories_leave_the_points_of_a_dict(history, checkpoint_points, tmp_path_factory):
-    play(history, checkpoint_points, tmp_path_factory.mktemp("store"))
+def test_many_histories_leave_the_points_of_a_dict(history, checkpoint_points, new_folder):
+    play(history, checkpoint_points, new_folder())

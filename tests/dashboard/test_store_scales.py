@@ -10,6 +10,8 @@ from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import SeriesStore
 from support.point_stores import brute_buckets, differing, info_of, open_store, points_of
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 
 def stored(tmp_path, steps, batch=1000):
     """A store with these steps of one series, added in batches, and the series' id."""

@@ -22,6 +22,7 @@ from evsys_bus import (
 )
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
+from support.database_places import location_in
 
 START = 1_000.0
 """When the first event of a stream was published; the following ones come each second."""
@@ -59,7 +60,7 @@ def key_of(event: Event) -> str | None:
 
 
 def open_store(folder: Path, **options: Any) -> Store:
-    return Store.open(folder / "dashboard.sqlite", **options)
+    return Store.open(location_in(folder), **options)
 
 
 def context(

@@ -11,6 +11,7 @@ from evsys_adapters.dashboard.series import Changes, SeriesInfo, SeriesStore
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope, StepEnd
+from support.database_places import location_in
 from support.steps import step_end
 
 
@@ -42,7 +43,7 @@ class StepPoints:
 
 
 def open_store(path: Path, **options: Any) -> Store:
-    return Store.open(path / "dashboard.sqlite", catalogue=StepPoints, **options)
+    return Store.open(location_in(path), catalogue=StepPoints, **options)
 
 
 def encoded_steps(

@@ -22,6 +22,7 @@ from evsys_adapters.dashboard.state_file import DashboardState
 from evsys_bus import LogContext, LoopState, RunEnd, RunResult, RunStart, StepEnd, TrainStart
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
+from support.database_places import location_in
 
 TOKEN = "a-token-for-tests-0123456789-0123456789"
 
@@ -107,7 +108,7 @@ def running_dashboard(folder: Path, *, settings: dict[str, Any] | None = None, *
         ready.set()
 
     server = DashboardServer(
-        folder / "dashboard.sqlite",
+        location_in(folder),
         host="127.0.0.1",
         port=0,
         settings=DashboardSettings(**{"token": TOKEN, "page_folder": folder / "_web", **(settings or {})}),

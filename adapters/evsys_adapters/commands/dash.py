@@ -41,8 +41,24 @@ _MAX_LOG_BYTES: Final = 1 << 20
 _MAIN: Final = "from evsys_bus.cli import main; main()"
 
 
+class _Database(click.Path):
+    """The absolute path of a file, or the URL of a PostgreSQL database."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the value, and return it. Raises click.BadParameter."""
+        from evsys_adapters.dashboard.database import is_url
+
+        return (
+            str(value) if is_url(str(value)) else str(Path(os.fsdecode(super().convert(value, param, ctx))).absolute())
+        )
+
+
 @click.command("dash")
-@click.option("--db", type=click.Path(path_type=Path, dir_okay=False), help="Its database; default: the user's own.")
+@click.option(
+    "--db",
+    type=_Database(dir_okay=False),
+    help="Its database: a file, or postgresql://USER@HOST/NAME; default: the user's own.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="The port, 0 for any free one; default: 8420 or the next free one."
@@ -73,7 +89,7 @@ _MAIN: Final = "from evsys_bus.cli import main; main()"
 @click.pass_obj
 def command(
     screen: Screen,
-    db: Path | None,
+    db: str | None,
     host: str,
     port: int | None,
     imports: tuple[Path, ...],
@@ -102,7 +118,7 @@ def command(
     if status:
         return _show_status(state, screen, as_json=as_json)
     if state is not None:
-        if db is not None and str(db.absolute()) != state.store:
+        if db is not None and db != state.store:
             raise DashboardError(
                 f"a dashboard runs already, at {state.url}, with the database {state.store}", fix=f"{STOP_COMMAND}"
             )

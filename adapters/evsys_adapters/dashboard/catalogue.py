@@ -238,7 +238,7 @@ class Catalogue:
             if name is None:
                 if len(names) > _MAX_NAMES:
                     names.clear()
-                name = names[key] = prefixed(TRAIN, str(key))
+                name = names[key] = prefixed(TRAIN, str(key))[:MAX_NAME_CHARS]
             if type(value) is float:  # nearly all of them
                 numbers[name] = value
             else:

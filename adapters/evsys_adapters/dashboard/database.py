@@ -1,12 +1,15 @@
-"""The driver of the database: statements, transactions, and errors with their fix.
+"""The driver of a database: statements, transactions, and errors with their fix; and the driver of SQLite.
 
-All that differs between database systems is here: connecting, placeholders, what a commit guarantees, and which errors
-mean a full disk, another writer or damage. SQL outside of this module is what SQLite and PostgreSQL have in common:
-``INTEGER PRIMARY KEY``, ``BLOB``, ``ON CONFLICT … DO UPDATE`` and ``?`` for a value.
+All that differs between database systems is here and in `database_postgres`: connecting, placeholders, types, what a
+commit guarantees, and which errors mean a full disk, another writer or damage. SQL outside of these modules is what
+SQLite and PostgreSQL have in common, with ``ON CONFLICT … DO UPDATE`` and ``?`` for a value; tables are defined with
+the types ``INTEGER`` (64 bits), ``REAL`` (float64), ``TEXT`` (sorted by its bytes) and ``BLOB``.
 """
 
 import os
 import sqlite3
+import stat
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -17,16 +20,16 @@ from evsys_bus.files import FileLock
 
 Row: TypeAlias = tuple[Any, ...]
 """A row of a result; its columns have the types that the statement's author declared."""
-Problem: TypeAlias = Literal["full", "locked", "corrupt", "newer", "foreign", "refused", "failed"]
+Problem: TypeAlias = Literal["full", "locked", "corrupt", "newer", "foreign", "refused", "lost", "failed"]
 
 
 class StoreError(EvsysBusError, OSError):
     """The database of the dashboard cannot be opened, read or written.
 
     Attributes:
-        problem: ``full`` and ``locked`` pass; ``corrupt``, ``newer`` (written by a newer version), ``foreign`` (not a
-            database of the dashboard) and ``refused`` (no permission, no such folder) need a person; ``failed`` is a
-            store that must be opened again after an error.
+        problem: ``full``, ``locked`` and ``lost`` (no connection to the server) pass; ``corrupt``, ``newer`` (written
+            by a newer version), ``foreign`` (not a database of the dashboard) and ``refused`` (no permission, no such
+            folder) need a person; ``failed`` is a store that must be opened again after an error.
     """
 
     code = "EB907"
@@ -36,12 +39,22 @@ class StoreError(EvsysBusError, OSError):
         self.problem: Final = problem
 
 
+def is_url(location: str) -> bool:
+    """Return whether this is the URL of a PostgreSQL database, and not the path of a file."""
+    return location.startswith(("postgresql://", "postgres://"))
+
+
 _PRIVATE: Final = 0o600
 _PERMISSIONS: Final = 0o777
 
 
 class Database(Protocol):
     """A connection, used by one thread at a time. Every method raises `StoreError`."""
+
+    @property
+    def location(self) -> str:
+        """The path of the file, or the URL without a password."""
+        ...
 
     def query(self, sql: str, *args: object) -> list[Row]:
         """Run a statement and return its rows."""
@@ -53,6 +66,10 @@ class Database(Protocol):
 
     def executemany(self, sql: str, rows: Iterable[Row]) -> None:
         """Run a statement once for each row of values."""
+        ...
+
+    def define(self, statement: str) -> None:
+        """Run a statement that creates or changes a table or an index, with the types of this module."""
         ...
 
     def transaction(self) -> AbstractContextManager[None]:
@@ -73,12 +90,66 @@ class Database(Protocol):
         """Return the names of the tables."""
         ...
 
+    def size_bytes(self) -> int:
+        """Return how much space it takes."""
+        ...
+
     def close(self) -> None:
         """Close the connection."""
         ...
 
 
-class SqliteDatabase:
+class NestedTransactions(ABC):
+    """Transactions of a connection, of which a block inside a block joins the outer one."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._undone = False
+
+    @contextmanager
+    def transaction(self) -> Generator[None]:
+        """Commit the block's statements together, or none of them if it raises. A block inside a block joins it."""
+        if self._depth == 0:
+            self._begin()
+            self._undone = False
+        self._depth += 1
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            self._depth -= 1
+            self._undone = self._undone or not completed
+            if self._depth == 0:
+                try:
+                    if not self._undone:
+                        self._commit()
+                finally:
+                    self._roll_back()
+        if self._undone:  # the caller has caught the error of an inner block
+            raise failed_in_part()
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Begin a transaction."""
+
+    @abstractmethod
+    def _commit(self) -> None:
+        """Commit it."""
+
+    @abstractmethod
+    def _roll_back(self) -> None:
+        """End it if it was not committed. Must not raise: the error that led here is raised."""
+
+
+def failed_in_part() -> StoreError:
+    """Return the error of a transaction of which a part has failed."""
+    return StoreError(
+        "a part of this transaction has failed", problem="failed", fix="open the store again, and repeat it"
+    )
+
+
+class SqliteDatabase(NestedTransactions):
     """A database in one file, created if needed, which only one process at a time may open.
 
     Args:
@@ -90,9 +161,8 @@ class SqliteDatabase:
     """
 
     def __init__(self, path: str | Path, *, timeout_seconds: float = 1.0) -> None:
+        super().__init__()
         self.path: Final = Path(path)
-        self._depth = 0
-        self._undone = False
         self._lock = self._acquire_lock()
         self._make_private()
         try:
@@ -113,6 +183,11 @@ class SqliteDatabase:
             self.execute("PRAGMA temp_store = MEMORY")
             self.execute("PRAGMA cache_size = -32768")
             stack.pop_all()
+
+    @property
+    def location(self) -> str:
+        """The path of the file."""
+        return str(self.path)
 
     def query(self, sql: str, *args: object) -> list[Row]:
         """Run a statement and return its rows."""
@@ -135,30 +210,9 @@ class SqliteDatabase:
         except sqlite3.Error as error:
             raise self._store_error(error) from error
 
-    @contextmanager
-    def transaction(self) -> Generator[None]:
-        """Commit the block's statements together, or none of them if it raises. A block inside a block joins it."""
-        if self._depth == 0:
-            self.execute("BEGIN IMMEDIATE")
-            self._undone = False
-        self._depth += 1
-        completed = False
-        try:
-            yield
-            completed = True
-        finally:
-            self._depth -= 1
-            self._undone = self._undone or not completed
-            if self._depth == 0:
-                try:
-                    if not self._undone:
-                        self.execute("COMMIT")
-                finally:
-                    self._roll_back()
-        if self._undone:  # the caller has caught the error of an inner block
-            raise StoreError(
-                "a part of this transaction has failed", problem="failed", fix="open the store again, and repeat it"
-            )
+    def define(self, statement: str) -> None:
+        """Run a statement that creates or changes a table or an index."""
+        self.execute(statement)
 
     @contextmanager
     def relaxed(self) -> Generator[None]:
@@ -173,6 +227,10 @@ class SqliteDatabase:
         """Return the names of the tables."""
         return {name for (name,) in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
+    def size_bytes(self) -> int:
+        """Return the size of the file and of its write-ahead log."""
+        return sum(_size(self.path.with_name(self.path.name + suffix)) for suffix in ("", "-wal"))
+
     def close(self) -> None:
         """Close the connection. A transaction that is open is rolled back."""
         try:
@@ -182,8 +240,13 @@ class SqliteDatabase:
         finally:
             self._lock.release()
 
+    def _begin(self) -> None:
+        self.execute("BEGIN IMMEDIATE")
+
+    def _commit(self) -> None:
+        self.execute("COMMIT")
+
     def _roll_back(self) -> None:
-        """End the transaction if it was not committed."""
         if self._connection.in_transaction:  # a full disk may have ended it already
             try:
                 self._connection.execute("ROLLBACK")
@@ -195,7 +258,8 @@ class SqliteDatabase:
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _PRIVATE)
             try:
-                if os.fstat(file).st_mode & ~_PRIVATE & _PERMISSIONS:
+                mode = os.fstat(file).st_mode
+                if stat.S_ISREG(mode) and mode & ~_PRIVATE & _PERMISSIONS:  # not of a device that was named by mistake
                     os.fchmod(file, _PRIVATE)
             finally:
                 os.close(file)
@@ -231,6 +295,13 @@ class SqliteDatabase:
         return StoreError(
             f"the database {self.path} {what}", problem=problem, why=f"{error} ({name})", fix=fix.format(path=self.path)
         )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 _LOCKED: Final = "close the program that holds it, such as a shell of sqlite3 with an open transaction"

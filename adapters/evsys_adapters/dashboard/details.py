@@ -19,7 +19,7 @@ TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS content (
         id INTEGER PRIMARY KEY, run INTEGER NOT NULL, rank INTEGER NOT NULL, step INTEGER, name TEXT NOT NULL,
         kind TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL)""",
-    "CREATE INDEX IF NOT EXISTS content_of_run ON content (run, name, step)",
+    "CREATE INDEX IF NOT EXISTS content_of_run ON content (run, step)",
     """CREATE TABLE IF NOT EXISTS alert (
         id INTEGER PRIMARY KEY, run INTEGER NOT NULL, level TEXT NOT NULL, title TEXT NOT NULL, body TEXT NOT NULL,
         time REAL NOT NULL)""",

@@ -19,7 +19,7 @@ TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS evaluation (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, rank INTEGER NOT NULL,
         kind TEXT NOT NULL, name TEXT NOT NULL, benchmark TEXT NOT NULL, step INTEGER, time REAL NOT NULL,
         predictions INTEGER NOT NULL, body TEXT NOT NULL)""",
-    "CREATE INDEX IF NOT EXISTS evaluation_of_run ON evaluation (run, name, step)",
+    "CREATE INDEX IF NOT EXISTS evaluation_of_run ON evaluation (run, step)",
     """CREATE TABLE IF NOT EXISTS prediction (id INTEGER PRIMARY KEY, task INTEGER NOT NULL, reward REAL,
         body TEXT NOT NULL)""",
     "CREATE INDEX IF NOT EXISTS prediction_of_task ON prediction (task, id)",
@@ -292,7 +292,9 @@ class Evals:
         lengths: dict[str, int] = {}
         for name, digest in stored.get("long", {}).items():
             beginning, length = self._database.query(
-                "SELECT SUBSTR(body, 1, ?), LENGTH(body) FROM long_text WHERE digest = ?", _PREVIEW, digest
+                "SELECT SUBSTR(body, 1, CAST(? AS INTEGER)), LENGTH(body) FROM long_text WHERE digest = ?",
+                _PREVIEW,
+                digest,
             )[0]
             row[name] = beginning
             lengths[name] = length

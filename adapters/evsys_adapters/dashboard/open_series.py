@@ -1,10 +1,11 @@
 """One series in memory: which chunks it has, those that the database lacks, and its summary."""
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from evsys_adapters.dashboard.chunks import RECORD, Chunk, Record, merge, reported_damage, unpack_points
-from evsys_adapters.dashboard.database import Database
+from evsys_adapters.dashboard.database import Database, Row
 
 MAX_CHUNK: Final = 1 << 30
 """Chunks are numbered from minus this to below this."""
@@ -92,10 +93,16 @@ class Series:
     def heads(self, database: Database) -> dict[int, Record]:
         """Return the records of the chunks in the database by number, read once."""
         if self._heads is None:
-            rows = database.query("SELECT id, whole FROM rollup WHERE id BETWEEN ? AND ? ORDER BY id", *self.row_ids)
-            with reported_damage():
-                self._heads = {self.number_of(row_id): Record(*RECORD.unpack(whole)) for row_id, whole in rows}
+            self.set_heads(
+                database.query("SELECT id, whole FROM rollup WHERE id BETWEEN ? AND ? ORDER BY id", *self.row_ids)
+            )
+        assert self._heads is not None
         return self._heads
+
+    def set_heads(self, rows: Sequence[Row]) -> None:
+        """Note what `heads` would read: primary key and record of each chunk in the database."""
+        with reported_damage():
+            self._heads = {self.number_of(row_id): Record(*RECORD.unpack(whole)) for row_id, whole in rows}
 
     def numbers(self, database: Database) -> list[int]:
         """Return the numbers of the chunks that have points, in order."""

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
-from evsys_adapters.dashboard.values import json_text
+from evsys_adapters.dashboard.values import MAX_NAME_CHARS, json_text
 
 TABLES: Final = [
     "CREATE TABLE IF NOT EXISTS experiment (id INTEGER PRIMARY KEY, hidden REAL, body TEXT NOT NULL)",
@@ -27,6 +27,7 @@ TABLES: Final = [
 
 Kind = Literal["experiment", "run"]
 _JOURNALS: Final = "SELECT name FROM identity WHERE kind = 'journal' ORDER BY id"
+_MAX_INDEXED_BYTES: Final = 2_600
 _MAX_CACHED_RUNS: Final = 5_000
 _MAX_CACHED_NAMES: Final = 100_000
 _STALLED_SECONDS: Final = 60.0
@@ -200,6 +201,7 @@ class Records:
 
     def find(self, kind: str, name: str) -> int | None:
         """Return the id behind a name, or None."""
+        name = _indexable(name)
         known = self._ids.get((kind, name))
         if known is None:
             rows = self._database.query("SELECT id FROM identity WHERE kind = ? AND name = ?", kind, name)
@@ -210,6 +212,7 @@ class Records:
 
     def name(self, kind: str, name: str, id_: int) -> None:
         """Make a name that of an id."""
+        name = _indexable(name)
         if self.find(kind, name) != id_:
             self._database.execute(
                 "INSERT INTO identity (kind, name, id) VALUES (?, ?, ?) "
@@ -460,3 +463,10 @@ class Records:
         """Remove the names of an id."""
         self._database.execute("DELETE FROM identity WHERE kind = ? AND id = ?", kind, id_)
         self._ids.clear()
+
+
+def _indexable(name: str) -> str:
+    """Return a name, or the beginning and the digest of one that is too long for an index of PostgreSQL."""
+    if len(name) <= MAX_NAME_CHARS or len(encoded := name.encode(errors="surrogatepass")) <= _MAX_INDEXED_BYTES:
+        return name
+    return f"{name[:MAX_NAME_CHARS]}\n{hashlib.sha256(encoded).hexdigest()}"

@@ -45,10 +45,10 @@ def migrate(database: Database, tables: Sequence[str] = ()) -> str:
         version = _version_of(database)
         while version is not None and version < VERSION:
             for statement in MIGRATIONS[version]:
-                database.execute(statement)
+                database.define(statement)
             version += 1
         for statement in (*TABLES, *tables):
-            database.execute(statement)
+            database.define(statement)
         database.execute("DELETE FROM meta WHERE key = 'version'")
         database.execute("INSERT INTO meta (key, value) VALUES ('version', ?)", str(VERSION))
         database.execute(
@@ -69,12 +69,12 @@ def _version_of(database: Database) -> int | None:
             "this is not a database of the dashboard",
             problem="foreign",
             why=f"it has the tables {', '.join(sorted(names)[:5])}",
-            fix="give the path of a new file",
+            fix="give the path of a new file, or in PostgreSQL a schema of its own",
         )
     if int(version) > VERSION:
         raise StoreError(
             f"a newer version of evsys-bus has written this database (layout {version}, known: {VERSION})",
             problem="newer",
-            fix="update evsys-bus, or give another path",
+            fix="update evsys-bus, or give another database",
         )
     return int(version)

@@ -37,7 +37,7 @@ class DashboardState(msgspec.Struct, frozen=True):
     host: str
     """The name of its machine."""
     store: str
-    """The absolute path of its database."""
+    """The absolute path of its database, or its URL."""
     started: float
     """Seconds since the epoch."""
 

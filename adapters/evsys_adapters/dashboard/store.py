@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from evsys_adapters.dashboard.catalogue import Catalogue
-from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError
+from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError, is_url
 from evsys_adapters.dashboard.schema import migrate
 from evsys_adapters.dashboard.series import Changes, SeriesStore
 from evsys_bus.codec import decode
@@ -65,14 +65,12 @@ class Store:
 
     def __init__(
         self,
-        path: Path,
         database: Database,
         store_id: str,
         catalogue: Callable[[Database, SeriesStore], Catalogue],
         checkpoint_points: int,
         timeout_seconds: float,
     ) -> None:
-        self.path: Final = path
         self.id: Final = store_id
         """A UUID of this database."""
         self.database: Final = database
@@ -89,7 +87,7 @@ class Store:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        location: str | Path,
         *,
         catalogue: Callable[[Database, SeriesStore], Catalogue] = Catalogue,
         checkpoint_points: int = 400_000,
@@ -98,7 +96,8 @@ class Store:
         """Open a database, created if needed, bring it to this version, and apply the log that a kill left.
 
         Args:
-            path: The file; its folder is created.
+            location: The path of a file of SQLite, whose folder is created; or as a str the URL of a PostgreSQL
+                database, see `PostgresDatabase`.
             catalogue: Makes what events are applied to. Its attribute ``TABLES``, if any, has statements that create
                 its tables where they do not exist.
             checkpoint_points: See `SeriesStore`.
@@ -107,29 +106,24 @@ class Store:
         Raises:
             StoreError: It cannot be opened; the error has the fix.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"the folder of the database {path} cannot be created",
-                problem="refused",
-                why=error.strerror,
-                fix="give a path in a folder that you may write",
-            ) from error
-        database = SqliteDatabase(path, timeout_seconds=timeout_seconds)
+        database = _open_database(location, timeout_seconds)
         with ExitStack() as stack:
             stack.callback(database.close)
             store_id = migrate(database, getattr(catalogue, "TABLES", ()))
-            store = cls(path, database, store_id, catalogue, checkpoint_points, timeout_seconds)
+            store = cls(database, store_id, catalogue, checkpoint_points, timeout_seconds)
             stack.pop_all()
         return store
+
+    @property
+    def location(self) -> str:
+        """The path of the file, or the URL of the database."""
+        return self.database.location
 
     def reopen(self) -> "Self":
         """Close this store, whatever state it is in, and open it again."""
         self._close_database()
         return type(self).open(
-            self.path,
+            self.location,
             catalogue=self._factory,
             checkpoint_points=self._checkpoint_points,
             timeout_seconds=self._timeout_seconds,
@@ -269,6 +263,31 @@ class Store:
         if not self._closed:
             self._closed = True
             self.database.close()
+
+
+def _open_database(location: str | Path, timeout_seconds: float) -> Database:
+    if isinstance(location, str) and is_url(location):
+        try:
+            from evsys_adapters.dashboard.database_postgres import PostgresDatabase
+        except ImportError as error:
+            raise StoreError(
+                "PostgreSQL needs psycopg",
+                problem="refused",
+                why=str(error),
+                fix="pip install 'evsys-bus[postgres]'   or   uv add 'evsys-bus[postgres]'",
+            ) from error
+        return PostgresDatabase(location, timeout_seconds=timeout_seconds)
+    path = Path(location)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the folder of the database {path} cannot be created",
+            problem="refused",
+            why=error.strerror,
+            fix="give a path in a folder that you may write",
+        ) from error
+    return SqliteDatabase(path, timeout_seconds=timeout_seconds)
 
 
 def _sequence_of(payload: bytes | memoryview, otherwise: int) -> int:

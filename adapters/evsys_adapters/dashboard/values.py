@@ -10,8 +10,9 @@ from evsys_adapters.common.logged_values import text_of
 from evsys_bus.location import encode_json
 
 _MAX_STEPS: Final = 1 << 62
-MAX_NAME_CHARS: Final = 4_096
-"""A longer name of a metric, an arm or a run is cut: it is in the rows of every page."""
+MAX_NAME_CHARS: Final = 640
+"""A longer name of a metric, an arm or a run is cut: it is in the rows of every page,
+and an index of PostgreSQL holds about 2,700 bytes."""
 
 UNREADABLE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """Errors that values of unexpected types lead to."""

@@ -366,14 +366,14 @@ def health(store: Store, now: float | None = None) -> Json:
             }
         )
     journals.sort(key=lambda each: (not any(row["last_error"] or row["dead"] for row in each["deliveries"]),))
-    [(events, streams)] = store.database.query("SELECT COALESCE(SUM(seq), 0), COUNT(*) FROM stream")
+    [(events, streams)] = store.database.query("SELECT CAST(COALESCE(SUM(seq), 0) AS BIGINT), COUNT(*) FROM stream")
     [(series,)] = store.database.query("SELECT COUNT(*) FROM series")
     return {
         "now": now,
         "store": store.id,
         "database": {
-            "path": str(store.path),
-            "bytes": sum(_size(store.path.with_name(store.path.name + suffix)) for suffix in ("", "-wal")),
+            "path": store.location,
+            "bytes": store.database.size_bytes(),
             "events": events,
             "streams": streams,
             "series": series,
@@ -631,10 +631,3 @@ def _cut(text: str) -> str:
 
 def _is_traceback(text: str) -> bool:
     return text.startswith("Traceback")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

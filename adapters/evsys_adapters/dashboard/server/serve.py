@@ -18,6 +18,7 @@ from typing import Final
 import uvicorn
 
 from evsys_adapters.dashboard import state_file
+from evsys_adapters.dashboard.database import is_url
 from evsys_adapters.dashboard.server.app import DashboardApp, DashboardSettings
 from evsys_adapters.dashboard.server.protocol import ConnectionLimits, http_protocol, websocket_protocol
 from evsys_adapters.dashboard.server.store_thread import StoreThread
@@ -38,7 +39,7 @@ class DashboardServer:
     """One server of one database.
 
     Args:
-        path: The database; created if it does not exist.
+        path: The database; created if it does not exist. A str may be the URL of one in PostgreSQL.
         host: The address to listen at.
         port: The port; 0 takes any free one, None 8420 or the next free one.
         settings: Token, names, limits.
@@ -60,7 +61,7 @@ class DashboardServer:
         state: Path | None = None,
         on_ready: Callable[[DashboardState], object] | None = None,
     ) -> None:
-        self._path: Final = Path(path).absolute()
+        self._path: Final = str(path) if is_url(str(path)) else Path(path).absolute()
         self._host: Final = host
         self._port: Final = port
         self._settings: Final = settings
@@ -168,7 +169,7 @@ def serve(
     The token is that of the user's earlier dashboards, so that open pages continue after a restart.
 
     Args:
-        path: The database; created if it does not exist.
+        path: The database; created if it does not exist. A str may be the URL of one in PostgreSQL.
         host: The address to listen at.
         port: The port; 0 takes any free one, None 8420 or the next free one.
         open_loopback: Whether the routes of the hosted service accept any token from this machine.

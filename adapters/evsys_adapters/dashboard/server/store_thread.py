@@ -14,7 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.database import StoreError, is_url
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
@@ -28,21 +28,21 @@ _REOPEN_SECONDS: Final = 1.0
 """How long all calls fail at once after the store could not be opened."""
 
 
-def open_store(path: Path) -> Store:
+def open_store(location: str | Path) -> Store:
     """Open the store of a server. Raises StoreError."""
-    return Store.open(path, timeout_seconds=_LOCK_SECONDS)
+    return Store.open(location, timeout_seconds=_LOCK_SECONDS)
 
 
 class StoreThread:
     """Runs calls on the store's thread.
 
     Args:
-        path: The database.
+        location: The database, as `Store.open` takes it.
         open_store: Opens it; called on the thread, again after a failure.
     """
 
-    def __init__(self, path: Path, open_store: Callable[[Path], Store] = open_store) -> None:
-        self._path = path
+    def __init__(self, location: str | Path, open_store: Callable[[str | Path], Store] = open_store) -> None:
+        self._location = location
         self._open_store = open_store
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
         self._store: Store | None = None
@@ -50,9 +50,16 @@ class StoreThread:
         """Until when calls fail at once, why, and the fix; after that the store is opened again."""
 
     def open(self) -> None:
-        """Open the store. Raises StoreError."""
+        """Open the store; but while another server writes to PostgreSQL, wait for its end in `take_over`.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
         error = self._executor.submit(self._open).exception()
-        if error is not None:
+        if isinstance(error, StoreError) and error.problem == "locked" and is_url(str(self._location)):
+            self._failure = (0.0, error.what, error.fix)
+            log().info("dashboard.standby", database=str(self._location))
+        elif error is not None:
             self._executor.shutdown()
             raise error
         self._executor.submit(_import_numpy)
@@ -63,6 +70,16 @@ class StoreThread:
             self._executor.submit(self._close).result()
         finally:
             self._executor.shutdown()
+
+    async def take_over(self) -> None:
+        """Open the store again while it cannot be used, until cancelled.
+
+        So a server that waits for another one replaces it, and one without connection is back, before the next call.
+        """
+        while True:
+            await asyncio.sleep(_REOPEN_SECONDS)
+            if self._failure is not None:
+                await asyncio.get_running_loop().run_in_executor(self._executor, self._open_again)
 
     async def call(self, work: Callable[Concatenate[Store, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(store, *args)``, run on the thread.
@@ -88,14 +105,29 @@ class StoreThread:
             if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
                 self._failure = (0.0, "", "")
             else:
-                why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
-                self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
-                log().warning("dashboard.store_failed", database=str(self._path), error=why, fix=fix)
-                raise _unavailable(why, fix) from error
+                raise self._fail(error) from error
         return self._run(work, is_repeated=True)  # an earlier call broke the store: nothing was done in this one
 
+    def _open_again(self) -> None:
+        if self._failure is None:
+            return
+        try:
+            self._open()
+        except (StoreError, sqlite3.Error) as error:
+            self._fail(error)
+        else:
+            log().info("dashboard.store_opened", database=str(self._location))
+
+    def _fail(self, error: StoreError | sqlite3.Error) -> AnswerError:
+        """Let calls fail for a while, and return the error of this one."""
+        why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
+        if self._failure is None or self._failure[1] != why:
+            log().warning("dashboard.store_failed", database=str(self._location), error=why, fix=fix)
+        self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
+        return _unavailable(why, fix)
+
     def _open(self) -> None:
-        self._store = self._open_store(self._path) if self._store is None else self._store.reopen()
+        self._store = self._open_store(self._location) if self._store is None else self._store.reopen()
         self._failure = None
 
     def _close(self) -> None:

@@ -1,0 +1,149 @@
+"""A database of PostgreSQL: what it cannot hold as SQLite does, who may open it, and what its errors say."""
+
+import os
+import random
+
+import psycopg
+import pytest
+
+from evsys_adapters.dashboard.database import StoreError
+from evsys_adapters.dashboard.database_postgres import PostgresDatabase
+from evsys_adapters.dashboard.store import Store
+from evsys_bus.codec import encode
+from evsys_bus.events import Envelope
+from support.point_stores import StepPoints, encoded_steps, info_of, points_of
+from support.steps import step_end
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture
+def url(postgres):
+    return postgres.create_schema()
+
+
+def open_store(url, **options):
+    return Store.open(url, catalogue=StepPoints, **options)
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "\x1a", "\x1a0\0\x1a1\x1a", "a\u2400b", "é😀"])
+def test_every_text_comes_back_as_it_was(url, text):
+    database = PostgresDatabase(url)
+    database.define("CREATE TABLE IF NOT EXISTS texts (body TEXT PRIMARY KEY)")
+    database.execute("INSERT INTO texts (body) VALUES (?)", text)
+    assert database.query("SELECT body FROM texts WHERE body = ?", text) == [(text,)]
+
+
+def test_texts_are_sorted_by_their_bytes(url):
+    database = PostgresDatabase(url)
+    database.define("CREATE TABLE IF NOT EXISTS texts (body TEXT PRIMARY KEY)")
+    database.executemany("INSERT INTO texts (body) VALUES (?)", [("a",), ("B",), ("_",), ("a\n",), ("aa",)])
+    assert [body for (body,) in database.query("SELECT body FROM texts ORDER BY body")] == ["B", "_", "a", "a\n", "aa"]
+
+
+def test_the_longest_names_are_stored(url):
+    name = "".join(chr(random.randrange(0x10000, 0x20000)) for _ in range(5000))
+    store = Store.open(url)
+    store.ingest("s", 0, encoded_steps(0, 3, **{name: 0.5}))
+    store.close()
+    (series,) = Store.open(url).series.names(1)
+    assert (series.n, name.startswith(series.name.removeprefix("train/"))) == (3, True)
+
+
+def test_a_run_in_the_longest_path_is_found_again(url):
+    paths = [f"/{os.urandom(2000).hex()}" for _ in range(2)]
+    store = Store.open(url)
+    for stream, path in zip("st", paths, strict=True):
+        store.ingest(stream, 0, [encode(Envelope(stream, 1, 1.0, step_end(path, 0, "1", loss=0.5), "1"))])
+    store.close()
+    store = Store.open(url)
+    for stream, path in zip("st", paths, strict=True):
+        store.ingest(stream, 1, [encode(Envelope(stream, 2, 2.0, step_end(path, 1, "1", loss=0.5), "1"))])
+    assert store.catalogue.records.run(3) is None
+    assert [store.series.names(run)[0].n for run in (1, 2)] == [2, 2]
+
+
+def test_points_are_stored_as_they_are(url):
+    store = open_store(url)
+    rows = store.database.query("SELECT attname, attstorage FROM pg_attribute WHERE attrelid = 'raw'::regclass")
+    assert dict(rows)["body"] == "e"
+    store.ingest("s", 0, encoded_steps(0, 5000, loss=0.5))
+    store.close()
+    store = open_store(url)
+    assert points_of(store, info_of(store, 1, "loss").id) == dict.fromkeys(range(5000), 0.5)
+    assert store.database.size_bytes() > 100_000
+
+
+def test_an_int_without_a_place_is_an_error_of_the_program(url):
+    database = PostgresDatabase(url)
+    with pytest.raises(OverflowError):
+        database.query("SELECT CAST(? AS BIGINT)", 1 << 63)
+    assert database.query("SELECT CAST(? AS BIGINT)", -(1 << 63)) == [(-(1 << 63),)]
+
+
+def test_an_error_that_was_caught_inside_of_a_transaction_undoes_it(url):
+    store = open_store(url)
+    with pytest.raises(StoreError, match="a part of this transaction") as caught, store.database.transaction():
+        store.database.execute("UPDATE stream SET seq = 5")
+        with pytest.raises(StoreError):
+            store.database.query("SELECT nothing FROM nowhere")
+    assert caught.value.problem == "failed"
+    assert store.reopen().watermark("s") == 0
+
+
+def test_a_table_that_another_session_has_locked_refuses_a_batch_until_it_is_free(url):
+    store = open_store(url, timeout_seconds=0.05)
+    with psycopg.connect(url) as other:
+        other.execute("LOCK TABLE stream")
+        with pytest.raises(StoreError) as caught:
+            store.ingest("s", 0, encoded_steps(0, 1, loss=0.5))
+    assert (caught.value.problem, "pg_stat_activity" in caught.value.fix) == ("locked", True)
+    store = store.reopen()
+    assert store.ingest("s", 0, encoded_steps(0, 1, loss=0.5)).sequence == 1
+
+
+def test_the_schema_of_another_program_stays_as_it_is(url):
+    with psycopg.connect(url) as other:
+        other.execute("CREATE TABLE cats (name TEXT)")
+    with pytest.raises(StoreError, match="not a database of the dashboard") as caught:
+        open_store(url)
+    assert (caught.value.problem, "a schema of its own" in caught.value.fix) == ("foreign", True)
+    with psycopg.connect(url) as other:
+        rows = other.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()").fetchall()
+    assert rows == [("cats",)]
+
+
+def test_schemas_of_one_database_are_databases_apart(postgres):
+    first, second = (open_store(postgres.create_schema()) for _ in range(2))
+    first.ingest("s", 0, encoded_steps(0, 3, loss=0.5))
+    assert first.id != second.id
+    assert (first.watermark("s"), second.watermark("s")) == (3, 0)
+
+
+def test_a_server_that_is_not_there_is_named_with_the_fix():
+    with pytest.raises(StoreError, match=r"postgresql://somebody@127\.0\.0\.1:1/x cannot be reached") as caught:
+        Store.open("postgresql://somebody@127.0.0.1:1/x")
+    assert (caught.value.problem, "PGPASSWORD" in caught.value.fix) == ("lost", True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:s3cret@127.0.0.1:1/x",
+        "postgresql://u@127.0.0.1:1/x?password=s3cret",
+        "postgresql://u:s3c/ret@127.0.0.1:1/x",
+        "postgresql://u:%zzs3cret@127.0.0.1/x",
+    ],
+)
+def test_a_password_is_never_shown(url):
+    with pytest.raises(StoreError) as caught:
+        Store.open(url)
+    assert caught.value.problem == "refused"
+    shown = f"{caught.value} {caught.value.what} {caught.value.why} {caught.value.fix} {caught.value.__cause__}"
+    assert ("s3c" in shown, "URL" in shown) == (False, True)
+
+
+def test_a_schema_that_does_not_exist_is_refused(postgres):
+    with pytest.raises(StoreError, match="no schema") as caught:
+        Store.open(postgres.url("nowhere"))
+    assert caught.value.problem == "refused"
