@@ -459,6 +459,8 @@ class SeriesStore:
         self._put(series, compact(steps), values)
         if stored:  # the log may lack its points
             self._due.update(map(series.row_id, series.chunks))
+        elif self._checkpoint is not None:  # its end removes them from the log
+            self._checkpoint[0].extend(map(series.row_id, series.chunks))
 
     def _remove_steps(self, series: Sequence[Series], step: int) -> None:
         for each in series:
