@@ -270,6 +270,42 @@ class TestResume:
         assert (run.status, run.error, run.step, run.config) == ("completed", None, 3, {"lr": 0.1})
         assert [each["name"] for each in store.catalogue.details.checkpoints(run.id)] == ["step_2"]
 
+    def test_an_earlier_attempt_that_comes_late_leaves_the_epochs_and_texts_of_the_later_one(self, store):
+        ctx = context()
+        second = Delivery(store, "r0-000002-20260102T000000-0000abcd", start=START + 100)
+        train(second, ctx, [30.0], first_step=4, status=None)
+        second.send(
+            EpochEnd(state_of(ctx, 4), 1, {"loss": 30.0}), StepEnd(state_of(ctx, 4), 5, metrics={"note": "later"})
+        )
+        first = Delivery(store, "r0-000001-20260101T000000-0000abcd", start=START)
+        train(first, ctx, [3.0], status=None)
+        first.send(
+            EpochEnd(state_of(ctx), 0, {"loss": 3.0}),
+            EpochEnd(state_of(ctx), 1, {"loss": 2.0, "acc": 0.5}),
+            StepEnd(state_of(ctx), 1, metrics={"note": "earlier"}),
+        )
+        run = only_run(store)
+        assert points(store, run, "epoch/loss") == {0: 3.0, 1: 30.0}
+        assert points(store, run, "epoch/acc") == {1: 0.5}
+        assert store.catalogue.details.texts(run) == {"train/note": (5, "later")}
+
+    def test_a_resume_removes_the_texts_after_it(self, store, delivery):
+        ctx = context()
+        delivery.send(RunStart(ctx), TrainStart(state_of(ctx)))
+        delivery.send(*(StepEnd(state_of(ctx), step, metrics={f"at_{step}": "text"}) for step in range(3)))
+        delivery.send(TrainStart(state_of(ctx, 1)), StepEnd(state_of(ctx, 1), 1, metrics={"at_2": "anew"}))
+        assert store.catalogue.details.texts(only_run(store)) == {"train/at_0": (0, "text"), "train/at_2": (1, "anew")}
+
+    def test_the_summary_of_a_resumed_run_has_the_results_of_its_last_attempt(self, store):
+        ctx, state = context(), state_of(context())
+        for number, loss in enumerate((5.0, 1.0)):
+            delivery = Delivery(store, f"r0-00000{number}-20260101T000000-0000abcd", start=START + 100 * number)
+            delivery.send(RunStart(ctx), TrainStart(state))
+            delivery.send(*(Summary(ctx, {"best": 0.5}) for _ in range(1 - number)))
+            metrics = {"loss": loss, "best": 9.0}
+            delivery.send(TrainEnd(state), RunEnd(ctx, RunResult(status="completed", metrics=metrics), ArmResult("")))
+        assert run_of(store).summary == {"loss": 1.0, "best": 0.5}
+
     @pytest.mark.parametrize(
         ("stream", "start"),
         [("r0-000003-20260101T000000-0000abcd", START - 500), ("r0-000001-20260103T000000-0000abcd", START + 500)],
@@ -466,6 +502,10 @@ class TestRunFacts:
         status, hooks = store.catalogue.statuses_of(experiment_of(store).id)
         assert (status.name, status.body) == ("wandb_logger", {"state": "live", "pending": 0})
         assert (hooks.kind, hooks.body) == ("hooks", [{"callback": "c", "calls": 3}])
+        earlier = Delivery(store, "c0-earlier", start=START - 100)
+        earlier.send(changed("delivery_changed", adapter="wandb_logger", status={"state": "live", "pending": 9}))
+        status, _ = store.catalogue.statuses_of(experiment_of(store).id)
+        assert status.body == {"state": "live", "pending": 0}
 
     def test_an_annotation_belongs_to_the_run_of_its_time_where_two_have_the_name(self, store):
         for root, start in (("/runs/old", START), ("/runs/new", START + 1_000)):
@@ -506,6 +546,7 @@ class TestRunFacts:
             StepEnd(state, 1, metrics=None),
             Checkpoint(state, None),
             Eval(state, None, "val", "no mapping"),
+            *(EpochEnd(state, epoch, {"note": "text"}) for epoch in (1 << 63, [1], None, "first")),
             RunEnd(None, None, None),
             BenchmarkEval(None, None, None),
             StepEnd(state, 2, metrics={"loss": 2.0}),
@@ -600,6 +641,8 @@ class TestPredictions:
         b = self.send(store, delivery, 10, right=lambda n: n % 2 == 0, key="b-s0")
         right = evals.predictions(a.id, filter={"min_reward": 0.5, "worse_in": b.id})
         assert [each["task_id"] for each in right["rows"]] == ["t1", "t3", "t5"]
+        for absent in (1 << 62, -1):
+            assert evals.predictions(a.id, filter={"min_reward": 0.5, "worse_in": absent})["rows"] == []
         assert [each["task_id"] for each in evals.predictions(a.id, filter={"below_reward": 0.5})["rows"]] == [
             "t6",
             "t7",

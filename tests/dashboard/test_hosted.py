@@ -136,6 +136,13 @@ class TestGateway:
         assert points(store, id_, "a/b") == {0: 1.0}
         assert points(store, id_, "val/a/b") == {0: 2.0}
 
+    def test_names_that_would_be_one_series_are_two(self, call):
+        run = call("create_run")["id"]
+        for name in ("train/loss", "loss", "train/train/loss"):
+            call("log_metrics", run_id=run, step=0, metrics={name: float(len(name))})
+        rows = {(row["name"], row["value"]) for row in call("get_metrics", run_id=run)}
+        assert rows == {("train/loss", 10.0), ("loss", 4.0), ("train/train/loss", 16.0)}
+
     def test_evals_and_predictions_come_back_as_they_were_sent(self, store, call):
         run = call("create_run")["id"]
         during = call("create_eval", run_id=run, benchmark_id="b1", metrics={"pass@3": 0.5}, step=4)
@@ -263,7 +270,8 @@ class TestGateway:
         assert [row["q"] for row in call("get_benchmark_rows", benchmark_id=benchmark)] == [1]
         assert [row["name"] for row in call("list_datasets", project_id=project)] == ["d"]
         assert [row["name"] for row in call("list_benchmarks")] == ["b"]
-        call("delete_project", project_id=project)
+        assert call("delete_project", project_id=project) == {"deleted": True}
+        assert call("delete_project", project_id=project) == {"deleted": False}
         assert call("get_project", project_id=project) is None
 
     def test_experiments_are_listed_newest_first_by_project(self, store):

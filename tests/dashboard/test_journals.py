@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import closing
+from threading import Timer
 
 import pytest
 
@@ -14,6 +15,7 @@ from evsys_adapters.dashboard.journals import import_journal
 from evsys_adapters.dashboard.store import Store, StoreError
 from evsys_bus import EventBus, LogContext, LoopState, RunStart, StepEnd, TrainStart
 from evsys_bus.errors import RunNotFoundError
+from evsys_bus.journal import JournalWriter
 from evsys_bus.reading import read_runs
 from support import ROOT
 from support.dashboard_stores import START, Delivery, context, open_store, points, train
@@ -137,6 +139,33 @@ def test_only_what_is_missing_is_read(store, tmp_path):
     assert [*journals.read_batches(journal, store.watermark)] == []
 
 
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_segment_that_cannot_be_read_is_tried_again_before_it_is_skipped(store, tmp_path, is_back):
+    journal = tmp_path / "runs/a/journal"
+    ctx = LogContext(tmp_path / "runs", run_key="a")
+    state = LoopState(0, 100, ctx.run_dir, ctx=ctx)
+    with EventBus([], journal=JournalWriter(journal, segment_bytes=1_000)) as bus:
+        bus.publish(RunStart(ctx))
+        bus.publish(TrainStart(state))
+        for step in range(50):
+            bus.publish(StepEnd(state, step, metrics={"loss": 1.0}))
+    _, segment, *others = sorted(journal.rglob("*.seg"))
+    assert others
+    moved = segment.rename(tmp_path / "moved")
+    segment.mkdir()  # an error of reading, as with too many open files
+
+    def bring_back():
+        segment.rmdir()
+        moved.rename(segment)
+
+    timer = Timer(0.2, bring_back) if is_back else Timer(0.0, lambda: None)
+    timer.start()
+    import_journal(store, journal)
+    timer.join()
+    assert (len(losses_of(store, "a")) == 50) == is_back
+    assert max(losses_of(store, "a")) == 49
+
+
 def test_a_path_without_journal_is_named_with_a_fix(store, tmp_path):
     with pytest.raises(RunNotFoundError, match="no journal"):
         import_journal(store, tmp_path / "dashboard.sqlite")
@@ -192,6 +221,18 @@ class TestTrash:
         assert journals.purge(store, now + 8 * DAY, trash_days=7) == journals.Removed(1, 1)
         assert store.database.query("SELECT COUNT(*) FROM run") == [(1,)]
         assert store.database.query("SELECT COUNT(DISTINCT run) FROM series") == [(1,)]
+
+    def test_an_experiment_that_goes_on_after_it_has_expired_is_not_purged(self, store):
+        train(Delivery(store, "r0-old", start=START), context())
+        journals.expire(store, 10, START + 31 * DAY)
+        resumed = Delivery(store, "r1-new", start=START + 40 * DAY)
+        train(resumed, context(), first_step=3, status=None)
+        assert journals.purge(store, START + 62 * DAY, trash_days=30) == journals.Removed(0, 0)
+        (hidden,) = store.catalogue.records.experiments(hidden=True)
+        journals.restore(store, hidden.public)
+        assert losses_of(store, "a-s0") == {0: 3.0, 1: 2.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 1.0}
+        journals.move_to_trash(store, hidden.public, START + 62 * DAY)
+        assert journals.purge(store, START + 93 * DAY, trash_days=30) == journals.Removed(1, 1)
 
     def test_events_that_come_after_a_purge_make_a_new_run(self, store):
         delivery = Delivery(store)

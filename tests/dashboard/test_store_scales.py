@@ -192,6 +192,26 @@ def test_the_log_is_emptied_in_portions_once_it_is_long(tmp_path):
     assert all(points_of(store, info.id) == {step: step for step in range(300)} for info in store.series.names(1)[:20])
 
 
+@pytest.mark.parametrize("more", range(10))
+def test_a_series_that_gets_its_scale_during_a_checkpoint_survives_a_kill(tmp_path, more):
+    store = open_store(tmp_path, checkpoint_points=100)
+
+    def add(runs, steps):
+        with store.transaction():
+            for run in runs:
+                for step in steps:
+                    store.series.add_row(run, 0, step, None, {"loss": float(step), "lr": 0.5})
+
+    first = 1_000_000
+    add(range(1, 61), range(first, first + 10))  # so many chunks that a checkpoint takes several transactions
+    add([1], range(first + 10, first + 70))
+    add([1], range(first + 70, first + 130))
+    for step in range(first + 130, first + 130 + more):
+        add([1], [step])
+    store = store.reopen()
+    assert [info.n for info in store.series.names(1)] == [130 + more, 130 + more]
+
+
 def test_runs_that_rest_leave_the_memory_and_are_read_again(tmp_path):
     database = SqliteDatabase(tmp_path / "points.sqlite")
     migrate(database)

@@ -121,7 +121,10 @@ def end_run(run: RunRecord, result: object, envelope: Envelope) -> None:
         run.status = "stopped"
     run.error = str(error) if error else None
     run.ended = envelope.time
-    run.summary = json_fields(field(result, "metrics")) | run.summary
+    metrics = json_fields(field(result, "metrics"))
+    given = {name: value for name, value in run.summary.items() if name not in run.result_names}
+    run.summary = metrics | given
+    run.result_names = [name for name in metrics if name not in given]
 
 
 def _is_of_main_rank(run: RunRecord, envelope: Envelope) -> bool:

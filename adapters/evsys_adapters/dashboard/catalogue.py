@@ -408,6 +408,8 @@ class Catalogue:
             self._series.cut(run.id, rank, 0, epochs=True)
         self.evals.cut(run.id, rank, step)
         self.details.cut_contents(run.id, rank, step)
+        if rank == run.rank:
+            self.details.cut_texts(run.id, step)
         run.checkpoints = self.details.cut_checkpoints(run.id, rank, step)
         if rank == run.rank and run.step is not None:
             run.step = min(run.step, step - 1) if step > 0 else None
@@ -448,9 +450,15 @@ class Catalogue:
 
     def _add_epoch(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> int:
         epoch = parts["epoch"]
+        if not is_step(epoch):
+            self.unreadable_events += 1
+            return 0
         values: dict[str, float] = {}
         texts: dict[str, str] = {}
         add_value(_EPOCH, fields(parts["metrics"]), values, texts)
+        if self._attempts.limit(run, envelope) is not None:  # a later attempt has made some epochs anew
+            known = self._series.names_at(run.id, envelope.rank, epoch)
+            values = {name: value for name, value in values.items() if name not in known}
         for name, text in texts.items():
             self.details.set_text(run.id, name, epoch, text)
         return self._add_row(run, envelope, epoch, values)
@@ -479,7 +487,9 @@ class Catalogue:
         run.config = merge_config(run.config, json_fields(parts["config"]))
 
     def _update_summary(self, run: RunRecord, parts: Mapping[str, Any], _: Envelope) -> None:
-        run.summary = run.summary | json_fields(parts["values"])
+        values = json_fields(parts["values"])
+        run.summary = run.summary | values
+        run.result_names = [name for name in run.result_names if name not in values]
 
     def _add_content(self, run: RunRecord, parts: Mapping[str, Any], envelope: Envelope) -> None:
         item, step = parts["item"], parts.get("step_idx")

@@ -83,7 +83,8 @@ class Details:
         if self._texts:
             self._database.executemany(
                 "INSERT INTO last_text (run, name, step, body) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (run, name) DO UPDATE SET step = excluded.step, body = excluded.body",
+                "ON CONFLICT (run, name) DO UPDATE SET step = excluded.step, body = excluded.body "
+                "WHERE excluded.step >= last_text.step",
                 [(*key, *value) for key, value in self._texts.items()],
             )
             self._texts.clear()
@@ -176,8 +177,16 @@ class Details:
         return sorted(found, key=lambda each: -each.time)[:limit]
 
     def set_text(self, run: int, name: str, step: int, text: str) -> None:
-        """Replace the last text of a name."""
-        self._texts[run, name] = (step, text)
+        """Replace the last text of a name, unless it is of a later step."""
+        known = self._texts.get((run, name))
+        if known is None or step >= known[0]:
+            self._texts[run, name] = (step, text)
+
+    def cut_texts(self, run: int, step: int) -> None:
+        """Remove the last texts of a run from a step on; those of its epochs only if the run starts anew."""
+        self.flush()
+        those_of_steps = "" if step <= 0 else " AND name NOT LIKE 'epoch/%'"
+        self._database.execute(f"DELETE FROM last_text WHERE run = ? AND step >= ?{those_of_steps}", run, step)  # noqa: S608 # no input
 
     def texts(self, run: int) -> dict[str, tuple[int, str]]:
         """Return the last text of each name of a row that is no number, with its step."""
@@ -185,10 +194,11 @@ class Details:
         return {name: (step, body) for name, step, body in rows}
 
     def set_status(self, journal: str, kind: str, name: str, time: float, body: object) -> None:
-        """Replace what is known about the journal; see `JournalStatus`."""
+        """Replace what is known about the journal (see `JournalStatus`), unless that is newer."""
         self._database.execute(
             "INSERT INTO journal_status (journal, kind, name, time, body) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (journal, kind, name) DO UPDATE SET time = excluded.time, body = excluded.body",
+            "ON CONFLICT (journal, kind, name) DO UPDATE SET time = excluded.time, body = excluded.body "
+            "WHERE excluded.time >= journal_status.time",
             *(journal, kind, name, time, json_text(body)),
         )
 

@@ -30,6 +30,8 @@ EvalKind = Literal["eval", "benchmark", "rollout"]
 _SHIFT: Final = 24
 MAX_PREDICTIONS: Final = 1 << _SHIFT
 """Of one eval; further ones are counted only."""
+_MAX_EVAL: Final = (1 << 63 - _SHIFT) - 1
+"""The largest id of an eval whose predictions have ids of 64 bits."""
 _MAX_INLINE: Final = 256
 """Longer texts are stored apart."""
 _PREVIEW: Final = 300
@@ -189,8 +191,11 @@ class Evals:
 
     def find(self, run: int, kind: EvalKind, step: int | None) -> EvalRow | None:
         """Return the newest eval of a kind at a step, or None."""
-        found = [each for each in self.of_run(run) if each.kind == kind and each.step == step]
-        return found[-1] if found else None
+        at, args = ("step IS NULL", ()) if step is None else ("step = ?", (step,))
+        rows = self._database.query(
+            f"{_SELECT} WHERE run = ? AND kind = ? AND {at} ORDER BY id DESC LIMIT 1", *(run, kind, *args)
+        )
+        return next(map(_eval_row, rows), None)
 
     def predictions(
         self,
@@ -376,7 +381,7 @@ def _conditions(conditions: PredictionFilter) -> tuple[str, list[object]]:
         where += (
             f" AND EXISTS (SELECT 1 FROM prediction b WHERE b.task = a.task AND b.id BETWEEN ? AND ? AND {is_worse})"  # noqa: S608 # one of two texts
         )
-        args += _range(int(conditions["worse_in"]))
+        args += _range(min(max(int(conditions["worse_in"]), 0), _MAX_EVAL))
         if "min_reward" in conditions:
             args.append(float(conditions["min_reward"]))
     return where, args

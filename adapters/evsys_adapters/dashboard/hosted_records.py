@@ -28,6 +28,8 @@ TABLES: Final = [
         split TEXT NOT NULL, PRIMARY KEY (run, series))""",
 ]
 
+_MAX_ROWS: Final = (1 << 63) - 1
+"""The largest integer of a column."""
 _STATUSES: Final = frozenset({"pending", "running", "completed", "failed", "cancelled"})
 _UNGROUPED: Final = "hosted runs"
 """Name of the experiment of runs that were created without one."""
@@ -253,8 +255,11 @@ class HostedRecords:
         rows = self._database.query(
             "SELECT name, split FROM hosted_metric WHERE run = ? AND series = ?", run.id, series
         )
-        if rows and rows[0] != (name, split):
-            series = f"{split}/{name}"
+        while rows and rows[0] != (name, split):  # another metric has it
+            series = f"{split}/{series}"
+            rows = self._database.query(
+                "SELECT name, split FROM hosted_metric WHERE run = ? AND series = ?", run.id, series
+            )
         self._database.execute(
             "INSERT INTO hosted_metric (run, series, name, split) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (run, series) DO NOTHING",
@@ -378,13 +383,14 @@ class HostedRecords:
     # Rows that the dashboard only keeps: projects, goals, data sets and benchmarks.
 
     def _add_row(self, kind: str, parent: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        position = int(
-            self._database.query("SELECT COUNT(*) FROM hosted_row WHERE kind = ? AND parent = ?", kind, parent)[0][0]
-        )
+        position = body.get("idx")
+        if position is None:
+            of_parent = "SELECT COUNT(*) FROM hosted_row WHERE kind = ? AND parent = ?"
+            position = self._database.query(of_parent, kind, parent)[0][0]
         self._database.execute(
             "INSERT INTO hosted_row (kind, public, parent, position, body) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (kind, public) DO UPDATE SET body = excluded.body",
-            *(kind, str(body["id"]), parent, int(body.get("idx", position)), json_text(body)),
+            *(kind, str(body["id"]), parent, int(position), json_text(body)),
         )
         return dict(body)
 
@@ -396,12 +402,12 @@ class HostedRecords:
     def rows(self, kind: str, parent: str | None = None, limit: int = -1, offset: int = 0) -> list[dict[str, Any]]:
         """Return the rows of a kind in their order, all or those of a parent."""
         where, args = ("", ()) if parent is None else (" AND parent = ?", (parent,))
+        page = _MAX_ROWS if limit < 0 else min(limit, _MAX_ROWS), min(max(offset, 0), _MAX_ROWS)
         found = self._database.query(
-            f"SELECT body FROM hosted_row WHERE kind = ?{where} ORDER BY position, public",  # noqa: S608 # no input
-            *(kind, *args),
+            f"SELECT body FROM hosted_row WHERE kind = ?{where} ORDER BY position, public LIMIT ? OFFSET ?",  # noqa: S608 # no input
+            *(kind, *args, *page),
         )
-        chosen = found[offset:] if limit < 0 else found[offset : offset + limit]
-        return [msgspec.json.decode(body) for (body,) in chosen]
+        return [msgspec.json.decode(body) for (body,) in found]
 
     def _create_project(self, args: dict[str, Any], time: float, _: Changes) -> dict[str, Any]:
         return self._add_row("project", "", {"description": None, **args, "_created_at": time})
@@ -409,8 +415,9 @@ class HostedRecords:
     def _delete_project(self, args: dict[str, Any], time: float, _: Changes) -> dict[str, Any]:
         del time
         public = str(args["project_id"])
+        is_known = self.row("project", public) is not None
         self._database.execute("DELETE FROM hosted_row WHERE kind = 'project' AND public = ?", public)
-        return {"deleted": True}
+        return {"deleted": is_known}
 
     def _set_goal(self, args: dict[str, Any], time: float, _: Changes) -> dict[str, Any]:
         return self._add_row("goal", str(args["project_id"]), {**args, "_created_at": time})

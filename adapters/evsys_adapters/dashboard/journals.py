@@ -6,7 +6,9 @@ restored, and then purged.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,11 +16,12 @@ import msgspec
 
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, run_state
 from evsys_adapters.dashboard.store import Store
+from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import RunNotFoundError
-from evsys_bus.journal import JournalReader
+from evsys_bus.journal import JournalReader, TailReader
 from evsys_bus.journal.layout import Family
-from evsys_bus.journal.reader import read_newest_first
+from evsys_bus.journal.reader import Record, read_newest_first
 from evsys_bus.reading import find_journals, locate_journal
 
 MAX_EVENTS: Final = 2_000
@@ -27,6 +30,10 @@ MAX_BYTES: Final = 4 << 20
 _FAMILIES: Final[tuple[Family, ...]] = ("r", "s", "c")
 """Trainings first: samples and annotations belong to their runs."""
 _DAY_SECONDS: Final = 86_400.0
+_READ_ATTEMPTS: Final = 6
+"""How often a segment that cannot be read is tried: too many files may be open, or a network share be away."""
+_READ_PAUSE_SECONDS: Final = 0.05
+"""Before the second one; each further one comes after twice as long."""
 
 
 class Batch(NamedTuple):
@@ -90,11 +97,14 @@ def read_batches(journal: str | os.PathLike[str], watermark: Callable[[str], int
     """
     reader = JournalReader(journal)
     known = {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
-    total = _count_missing(reader, known)
+    total = 0
+    with suppress(OSError):  # only progress needs it
+        total = _count_missing(reader, known)
     for stream, sequence in known.items():
         after, payloads, size = sequence, list[bytes](), 0
         last = sequence
-        for record in reader.read(stream, sequence):
+        tail = reader.tail(stream, sequence, patience=_READ_ATTEMPTS)
+        for record in _read_patiently(tail):
             payload = bytes(record.payload)
             if payloads and (len(payloads) >= MAX_EVENTS or size + len(payload) > MAX_BYTES):
                 yield Batch(stream, after, payloads, total)
@@ -104,6 +114,25 @@ def read_batches(journal: str | os.PathLike[str], watermark: Callable[[str], int
             last = record.sequence
         if payloads:
             yield Batch(stream, after, payloads, total)
+        for segment, error in tail.unreadable_segments.items():
+            fix = "make it readable, and import the journal into a new database"
+            log().warning("dashboard.segment_unreadable", segment=segment, error=str(error), fix=fix)
+
+
+def _read_patiently(tail: TailReader) -> Iterator[Record]:
+    """Yield the events of a stream; a segment that cannot be read is tried again before it is skipped.
+
+    What follows a skipped segment would mark its events as delivered.
+    """
+    pause = _READ_PAUSE_SECONDS
+    while True:
+        try:
+            yield from tail.poll()
+        except OSError:
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        else:
+            return
 
 
 def has_missing(journal: str | os.PathLike[str], watermark: Callable[[str], int]) -> bool:
@@ -245,12 +274,21 @@ def expire(store: Store, keep_days: float, now: float) -> Removed:
 def purge(store: Store, now: float, trash_days: float = 0.0) -> Removed:
     """Remove for good what has been in the trash for so many days; each run in a transaction of its own.
 
+    What has had an event since then stays: the run goes on, maybe resumed after it has expired.
     The events stay marked as delivered, so that couriers do not send them again.
     """
     limit = now - trash_days * _DAY_SECONDS
     records = store.catalogue.records
-    experiments = [each.id for each in records.experiments(hidden=True) if (each.hidden or 0.0) <= limit]
-    runs = [run.id for run in records.hidden_runs() if (run.hidden or 0.0) <= limit]
+
+    def is_old(record: ExperimentRecord | RunRecord) -> bool:
+        return max(record.hidden or 0.0, min(record.last or 0.0, now)) <= limit
+
+    experiments = [
+        each.id
+        for each in records.experiments(hidden=True)
+        if is_old(each) and all(map(is_old, records.runs(each.id, hidden=True)))
+    ]
+    runs = [run.id for run in records.hidden_runs() if is_old(run)]
     runs = list(dict.fromkeys([*runs, *(run for each in experiments for run in records.run_ids(each))]))
     for run in runs:
         with store.transaction():

@@ -100,6 +100,8 @@ class RunRecord(msgspec.Struct, omit_defaults=True):
     ended: float | None = None
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
+    result_names: list[str] = []
+    """The keys of the summary that its RunEnd has given, which the RunEnd of a later attempt replaces."""
     finals: dict[str, float | None] = {}
     """Results after training, by ``<benchmark>/<metric>``; None if it was not finite."""
     eval_names: list[str] = []

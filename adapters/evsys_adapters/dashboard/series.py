@@ -220,6 +220,12 @@ class SeriesStore:
         found = [each for lane in lanes.values() for name, each in lane.series.items() if name != TIME]
         return [self._info(each) for each in sorted(found, key=lambda each: each.id)]
 
+    def names_at(self, run: int, rank: int, step: int) -> set[str]:
+        """Return the names of those series of a rank that have a point at a step."""
+        found = [info for info in self.names(run) if info.rank == rank]
+        lines = self.read([info.id for info in found], first=step, last=step, width=1).lines
+        return {info.name for info, line in zip(found, lines, strict=True) if len(line.x)}
+
     def read(
         self,
         ids: Sequence[int],
@@ -460,6 +466,8 @@ class SeriesStore:
         self._put(series, compact(steps), values)
         if stored:  # the log may lack its points
             self._due.update(map(series.row_id, series.chunks))
+        elif self._checkpoint is not None:  # its end removes them from the log
+            self._checkpoint[0].extend(map(series.row_id, series.chunks))
 
     def _remove_steps(self, series: Sequence[Series], step: int) -> None:
         for each in series:
