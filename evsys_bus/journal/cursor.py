@@ -38,6 +38,11 @@ class Cursor(msgspec.Struct, omit_defaults=True):
         """The position in this stream."""
         return self.streams.get(stream, _INITIAL_POSITION)
 
+    def finished_sequence(self, stream: str) -> int:
+        """The last event that no courier reads again: parts of a row are read until the row is complete."""
+        sequence, first_part = self.position(stream).sequence, self.rows.get(stream)
+        return sequence if first_part is None else min(sequence, first_part - 1)
+
 
 class CursorStore:
     """Reads and writes the cursors of one journal. Only one process at a time may save the cursor of an adapter."""
