@@ -442,7 +442,7 @@ class Courier:
         rows = self._store.rows
         try:
             self._is_delivering = True
-            await self._deliver_uncounted([row for each in ended for row in rows.of(*each)])
+            await self._deliver_uncounted([row for each in ended for row in rows.of(each)])
             self._is_delivering = False
         except RetryLaterError as error:
             self._fatal_error = error
@@ -452,7 +452,7 @@ class Courier:
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
         else:
             for each in ended:
-                rows.remove(*each)
+                rows.remove(each)
             self._store.has_changes = True
 
     async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:

@@ -1,18 +1,28 @@
 """Rows that were logged in parts and whose program ended before they were complete: their parts make the row."""
 
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from evsys_bus.codec import decode
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart, event_tag
-from evsys_bus.journal import JournalReader
+from evsys_bus.journal import JournalReader, layout
 
 _TAGS: Final = tuple(event_tag(each).encode() for each in (Metrics, StepEnd, TrainStart))
 
 
 class MergedRow(Envelope, frozen=True, gc=False):
     """A row that was made of its parts, with the sequence of the last one; later events may be delivered before it."""
+
+
+class EndedRows(NamedTuple):
+    """Names the open rows that nothing will complete."""
+
+    stream: str
+    run: str | None = None
+    """None for all runs."""
+    first_step: int | None = None
+    """Only rows of steps before this one; None for all."""
 
 
 class OpenRows:
@@ -41,8 +51,10 @@ class OpenRows:
                 del self._rows[key]
         elif isinstance(event, TrainStart):
             first_step: Any = event.state.step
-            for each in [*self._rows]:
-                if each[1] == key[1] and type(first_step) is int and self._rows[each].step >= first_step:
+            rank = layout.rank_of(envelope.stream)
+            for each in [*self._rows]:  # also of an earlier process of this rank
+                is_of_run = each[1] == key[1] and layout.rank_of(each[0]) == rank
+                if is_of_run and type(first_step) is int and self._rows[each].step >= first_step:
                     del self._rows[each]
 
     def restore(self, reader: JournalReader, stream: str, first: int, last: int) -> None:
@@ -63,18 +75,22 @@ class OpenRows:
             found[stream] = min(row.first_sequence, found.get(stream, row.first_sequence))
         return found
 
-    def of(self, stream: str, run: str | None = None) -> list[MergedRow]:
-        """Return the open rows of a stream, or of one run in it, each as a `StepEnd` in place of its last part."""
-        return [row.to_envelope() for key, row in self._rows.items() if _is_of(key, stream, run)]
+    def of(self, ended: EndedRows) -> list[MergedRow]:
+        """Return the rows that have ended, each as a `StepEnd` in place of its last part."""
+        return [self._rows[key].to_envelope() for key in self._keys_of(ended)]
 
-    def remove(self, stream: str, run: str | None = None) -> None:
+    def remove(self, ended: EndedRows) -> None:
         """Remove these rows."""
-        for key in [each for each in self._rows if _is_of(each, stream, run)]:
+        for key in self._keys_of(ended):
             del self._rows[key]
 
-
-def _is_of(key: tuple[str, str], stream: str, run: str | None) -> bool:
-    return key[0] == stream and run in {None, key[1]}
+    def _keys_of(self, ended: EndedRows) -> list[tuple[str, str]]:
+        stream, run, first_step = ended
+        return [
+            key
+            for key, row in self._rows.items()
+            if key[0] == stream and run in {None, key[1]} and (first_step is None or row.step < first_step)
+        ]
 
 
 class _OpenRow:

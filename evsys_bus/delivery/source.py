@@ -15,6 +15,7 @@ from itertools import chain, count
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from evsys_bus.codec import decode
+from evsys_bus.delivery.open_rows import EndedRows
 from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
@@ -69,8 +70,8 @@ class Batch:
         """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
-        self.ended: list[tuple[str, str | None]] = []
-        """After the last event, streams with rows in parts whose writer has ended, and runs, each with its stream, that
+        self.ended: list[EndedRows] = []
+        """After the last event, the rows in parts of streams whose writer has ended, and of runs and trainings that
         start again in the same stream."""
         self.starts: list[Any] = []
         """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
@@ -91,7 +92,7 @@ class Batch:
         if not (source.contexts.has_parts and source.is_finished):
             return "dry"
         source.contexts.has_parts = False
-        self.ended.append((source.stream, None))
+        self.ended.append(EndedRows(source.stream))
         self.is_closed = True
         return "full"
 
@@ -355,7 +356,8 @@ class EventSource:
                     break
                 if contexts.has_parts and source.is_first_look(item):
                     source.push_back(record)
-                    batch.ended.append((stream, item.run or ""))  # as `OpenRows`: "" is that of a run without a key
+                    first_step = _first_step(item.event) if type(item.event) is TrainStart else None
+                    batch.ended.append(EndedRows(stream, item.run or "", first_step))  # "" is that of a run without a key
                     batch.is_closed, read_result = True, "full"
                     break
                 total_bytes += size
@@ -386,6 +388,12 @@ class EventSource:
 def _pause_seconds(quiet_seconds: float) -> float:
     """How long to pause after so much time without new events, so that a pause adds little to it."""
     return quiet_seconds / 8
+
+
+def _first_step(start: TrainStart) -> int | None:
+    """The first step of a training; None if its state, of whatever class, has none."""
+    step: Any = getattr(start.state, "step", None)
+    return step if type(step) is int else None
 
 
 def _advance_training(envelope: Envelope, steps: Mapping[str, int]) -> bool:
@@ -548,8 +556,13 @@ class _StreamSource:
         return starts
 
     def is_first_look(self, envelope: Envelope) -> bool:
-        """Whether this is the start of a run not read before: a row that an earlier process left open comes first."""
-        if type(envelope.event) is not RunStart or envelope.seq == self._start_sequence:
+        """Whether this is a start not read before: a row that an earlier process left open comes first.
+
+        Of a training only if its step is known: rows from that step on are void, and may be of this process.
+        """
+        event = envelope.event
+        is_start = type(event) is RunStart or (type(event) is TrainStart and _first_step(event) is not None)
+        if not is_start or envelope.seq == self._start_sequence:
             return False
         self._start_sequence = envelope.seq
         return True

@@ -14,7 +14,7 @@ import msgspec
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import decode
 from evsys_bus.context import LoopState, TrainingBatch
-from evsys_bus.delivery.open_rows import OpenRows
+from evsys_bus.delivery.open_rows import EndedRows, OpenRows
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import Envelope, Metrics, StepEnd, event_tag
 from evsys_bus.journal import JournalReader, JournalWriter, OsDisk, layout
@@ -202,7 +202,7 @@ def rows_left_open(journal: str, rank: int, run_key: str) -> list[Envelope]:
         segments = layout.list_segments(OsDisk(), f"{journal}/{stream}")[-_STREAMS_READ:]
         if segments:
             rows.restore(reader, stream, segments[0].first_sequence, sys.maxsize)
-    return [row for stream in streams for row in rows.of(stream) if row.run == run_key]
+    return [row for stream in streams for row in rows.of(EndedRows(stream, run_key))]
 
 
 _STREAMS_READ: Final = 2

@@ -47,6 +47,11 @@ class Cursor(msgspec.Struct, omit_defaults=True):
         waiting = min(self.waiting, accepted)
         return accepted - waiting, sum(each.dead for each in positions), waiting
 
+    def finished_sequence(self, stream: str) -> int:
+        """The last event that no courier reads again: parts of a row are read until the row is complete."""
+        sequence, first_part = self.position(stream).sequence, self.rows.get(stream)
+        return sequence if first_part is None else min(sequence, first_part - 1)
+
 
 class CursorStore:
     """Reads and writes the cursors of one journal. Only one process at a time may save the cursor of an adapter."""

@@ -322,7 +322,7 @@ class _MinPositions:
         last_removable = expired[-1].last_sequence
         unsubscribed: dict[str, int] = {}
         for name, cursor in self._cursors_by_adapter.items():
-            position = cursor.position(stream).sequence
+            position = cursor.finished_sequence(stream)
             if position >= last_removable:
                 continue
             summary = self._spec_summaries.get(name)

@@ -191,7 +191,10 @@ class _RunCollector:
             case "run.epoch_end" if is_step(fields.get("epoch")):
                 epoch: int = fields["epoch"]
                 recorded = RecordedEpoch(epoch, _numbers(fields.get("metrics")), envelope.time)
-                rank.epochs[epoch] = (to_step(getattr(fields.get("state"), "step", None), 0), recorded)
+                rank.epochs[epoch] = (
+                    max(to_step(getattr(fields.get("state"), "step", None), 0), rank.last_step),
+                    recorded,
+                )
             case "run.config_update":
                 record.config = _merge(record.config, to_mapping(fields.get("config")))
             case "run.summary":

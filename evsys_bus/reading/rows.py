@@ -82,6 +82,11 @@ class RankRecord:
                 column = self.metrics[name] = MetricColumn()
             column.add(step, value)
 
+    @property
+    def last_step(self) -> int:
+        """The step of the newest row; -1 if there is none."""
+        return self.times.steps[-1] if self.times.steps else -1
+
     def reopen(self) -> None:
         """Forget how an earlier training ended."""
         self.status, self.error, self.end_event = None, None, None

@@ -865,6 +865,35 @@ async def test_a_row_that_a_kill_left_open_waits_for_the_next_courier_if_its_rec
     assert {step for step, _ in rows(kept)} >= {2, 3, 4}
 
 
+async def test_a_row_that_a_kill_left_open_is_delivered_where_only_the_start_of_the_training_is_published_again(
+    journal, stream
+):
+    """A training without `RunStart`, as of a `TrainingLoop` alone."""
+    stream.start(TrainStart(stream.state))
+    stream.steps(0, 1)
+    stream.add(Metrics(stream.state, 1, {"late": 1.5}))
+    stream.state.step = 2
+    stream.start(TrainStart(stream.state))
+    stream.add(Metrics(stream.state, 2, {"a": 2.0}))
+    stream.add(StepEnd(stream.state, 2, TrainingBatch(), {"a": 2.0}))
+    kept = Kept()
+    await deliver(journal, kept)
+    assert rows(kept) == [(0, LOSS), (1, LOSS), (1, {"late": 1.5}), (2, {"a": 2.0})]
+
+
+async def test_the_start_of_another_rank_leaves_an_open_row_as_it_is(journal, stream):
+    """The ranks of a run start at moments of their own, and their streams come in any order."""
+    other, kept = Stream(journal, rank=1), Kept()
+    other.add(Metrics(other.state, 2, {"a": 2.0}))
+    await deliver(journal, kept)
+    stream.start(TrainStart(stream.state))
+    await deliver(journal, kept)
+    other.add(Metrics(other.state, 2, {"b": 2.5}))
+    other.writer.close()
+    await deliver(journal, kept)
+    assert rows(kept) == [(2, {"a": 2.0, "b": 2.5})]
+
+
 class Samples(Event, frozen=True):
     state: LoopState
 

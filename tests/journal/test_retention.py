@@ -78,6 +78,15 @@ def test_a_registered_follower_without_a_cursor_that_can_be_read_has_had_nothing
     assert len(retention(tmp_path, disk).prune(stream)) == 20
 
 
+def test_the_parts_of_a_row_that_is_open_stay_until_it_was_delivered(tmp_path, stream):
+    """The next courier reads them again."""
+    register(str(tmp_path), [Subscription("one")])
+    CursorStore(str(tmp_path)).save("one", Cursor({stream: Position(30, 30)}, rows={stream: 11}))
+    assert len(retention(tmp_path, OsDisk()).prune(stream)) == 10
+    CursorStore(str(tmp_path)).save("one", Cursor({stream: Position(30, 30)}))
+    assert len(retention(tmp_path, OsDisk()).prune(stream)) == 20
+
+
 @pytest.mark.parametrize("refused", ["/cursors", "/couriers", "/cursors/one.json", "/cursors/two.json"])
 def test_where_something_cannot_be_listed_or_read_now_nothing_goes_this_round(tmp_path, stream, refused):
     disk = Counting()

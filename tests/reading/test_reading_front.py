@@ -110,3 +110,15 @@ def test_epochs_are_read_in_order_each_once_and_those_that_a_resumed_training_ma
     expected = [(0, {"val_loss": 2.0}), (1, {"val_loss": 4.0}), (2, {"val_loss": 7.0}), (3, {"val_loss": 9.0})]
     assert [(each.epoch, each.metrics) for each in epochs] == expected
     assert [each.time for each in epochs] == sorted(each.time for each in epochs)
+
+
+def test_epochs_of_a_program_that_counts_its_steps_itself_are_void_with_the_steps_that_are_made_anew(tmp_path):
+    for first, last, loss in ((0, 6, 1.0), (4, 5, 2.0)):
+        run = evsys_bus.run(tmp_path / "a", first_step=first, output=False, environment=False).start()
+        for step in range(first, last):
+            run.log({"loss": loss}, step=step, commit=True)
+            if step % 2:
+                run.epoch_end(step // 2, {"val_loss": loss + step})
+        run.close("cancelled")
+    found = [(each.epoch, each.metrics) for each in evsys_bus.read(tmp_path / "a").epochs]
+    assert found == [(0, {"val_loss": 2.0}), (1, {"val_loss": 4.0})]
