@@ -71,6 +71,9 @@ class EventInfo(NamedTuple):
     carried: bool = False
     """The event is a start that is repeated, so that the adapter knows which runs are open. Nothing starts now, nothing
     written before may be truncated, and the event is not counted."""
+    merged: bool = False
+    """The event is a row whose program ended before it was complete. It was made of its parts and has the sequence of
+    the last one, so it may be delivered after events with greater ones."""
 
 
 class Arguments(NamedTuple):

@@ -204,12 +204,12 @@ class EventBus:
 
     def publish_row(self, row: StepEnd, next_part: Metrics) -> None:
         """Publish a row and then the first part of the next one; both are recorded by one write if possible."""
-        next_parts = self._next_parts
-        next_parts[id(row)] = row, next_part
+        next_parts, key = self._next_parts, id(row)
+        next_parts[key] = row, next_part
         try:
             self.publish(row)
         finally:
-            is_recorded = next_parts.pop(id(row), None) is None
+            is_recorded = next_parts.pop(key, None) is None
         if not is_recorded:
             self.publish(next_part)
 

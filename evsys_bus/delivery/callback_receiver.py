@@ -19,6 +19,7 @@ from evsys_bus.callback import (
     isolate,
 )
 from evsys_bus.codec import error_text
+from evsys_bus.delivery.open_rows import MergedRow
 from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
 from evsys_bus.delivery.subscription import OnFailure
 from evsys_bus.diagnostics import FaultLog, log
@@ -256,11 +257,10 @@ class CallbackReceiver:
     def current_event(self) -> EventInfo | None:
         """Information on the event whose hook is running, or was called last."""
         envelope = self._envelope
-        return (
-            None
-            if envelope is None
-            else EventInfo(envelope.time, envelope.stream, envelope.seq, carried=self._batch_index is None)
-        )
+        if envelope is None:
+            return None
+        carried, merged = self._batch_index is None, isinstance(envelope, MergedRow)
+        return EventInfo(envelope.time, envelope.stream, envelope.seq, carried, merged)
 
     @property
     def has_courier(self) -> bool:

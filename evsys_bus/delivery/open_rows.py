@@ -1,8 +1,6 @@
 """Rows that were logged in parts and whose program ended before they were complete: their parts make the row."""
 
-from typing import Any, Final
-
-import msgspec
+from typing import Any, Final, cast
 
 from evsys_bus.codec import decode
 from evsys_bus.diagnostics import log
@@ -11,6 +9,10 @@ from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart, event_tag
 from evsys_bus.journal import JournalReader
 
 _TAGS: Final = tuple(event_tag(each).encode() for each in (Metrics, StepEnd, TrainStart))
+
+
+class MergedRow(Envelope, frozen=True, gc=False):
+    """A row that was made of its parts, with the sequence of the last one; later events may be delivered before it."""
 
 
 class OpenRows:
@@ -61,7 +63,7 @@ class OpenRows:
             found[stream] = min(row.first_sequence, found.get(stream, row.first_sequence))
         return found
 
-    def of(self, stream: str, run: str | None = None) -> list[Envelope]:
+    def of(self, stream: str, run: str | None = None) -> list[MergedRow]:
         """Return the open rows of a stream, or of one run in it, each as a `StepEnd` in place of its last part."""
         return [row.to_envelope() for key, row in self._rows.items() if _is_of(key, stream, run)]
 
@@ -82,6 +84,7 @@ class _OpenRow:
         self.first_sequence: Final = first_part.seq
         self.last_part = first_part
 
-    def to_envelope(self) -> Envelope:
-        part: Any = self.last_part.event
-        return msgspec.structs.replace(self.last_part, event=StepEnd(part.state, self.step, metrics=self.metrics))
+    def to_envelope(self) -> MergedRow:
+        last, part = self.last_part, cast("Metrics", self.last_part.event)
+        event = StepEnd(part.state, self.step, metrics=self.metrics)
+        return MergedRow(last.stream, last.seq, last.time, event, last.run, last.rank, last.replaced)

@@ -32,6 +32,7 @@ class LoggedRow(msgspec.Struct, eq=False):
 
     step: int
     metrics: Row
+    """Replaced and never changed when a part comes, because that of the first part was published, too."""
     sequence: int
     """The next one of the journal when the row began; it is on record behind it, or not at all."""
     parts: int = 1
@@ -72,6 +73,18 @@ class UnpublishedRows:
         with self._lock:
             rows = self._rows
             open_row = rows[-1] if rows else None
+            if (
+                not commit
+                and open_row is not None
+                and open_row.step < step
+                and len(rows) == 1
+                and not open_row.completed_by
+            ):
+                # The usual call: the first part of the next row.
+                open_row.completed_by = get_ident()
+                writer = self.writer
+                rows.append(LoggedRow(step, part, 0 if writer is None else writer.next_sequence))
+                return (open_row,)
             if not after_left and (
                 not (commit or self.is_merged) if open_row is None else open_row.completed_by or open_row is not rows[0]
             ):
@@ -82,7 +95,7 @@ class UnpublishedRows:
             if open_row is not None and open_row.step <= step:
                 is_same_row = open_row.step == step
                 if is_same_row:
-                    open_row.metrics.update(part)
+                    open_row.metrics = {**open_row.metrics, **part}
                     open_row.parts += 1
                     if not commit and open_row.parts < MAX_PARTS:
                         return ()
@@ -93,7 +106,7 @@ class UnpublishedRows:
             writer = self.writer
             sequence = 0 if writer is None else writer.next_sequence
             if open_row is None and not commit:
-                rows.append(LoggedRow(step, {**part}, sequence))  # a copy, because the part is published too
+                rows.append(LoggedRow(step, part, sequence))
                 return complete
             row = LoggedRow(step, part, sequence, 1, get_ident())
             if open_row is None:
@@ -305,7 +318,7 @@ class RowPublisher:
                 self._rows.remove(row)
             else:
                 if part is not None and row.step == step:
-                    row.metrics.update(part)
+                    row.metrics = {**row.metrics, **part}
                     has_part = True
                 self.publish(row)
                 row.is_called = True

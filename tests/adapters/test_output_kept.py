@@ -36,7 +36,7 @@ from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import deregister, register
-from evsys_bus.events import Envelope, Eval, Event, ExperimentEnd
+from evsys_bus.events import Envelope, Eval, Event, ExperimentEnd, Metrics
 from evsys_bus.journal import JournalWriter, layout
 from evsys_bus.savepoints import Savepoints
 from evsys_bus.tasks import run_in_new_loop
@@ -240,6 +240,37 @@ def test_a_courier_without_a_cursor_that_begins_at_a_start_and_ends_early_has_cu
         each.unlink()
     life.deliver(make(tmp_path))
     assert read(tmp_path) == before
+
+
+def count_in_files(root: Path, text: bytes) -> int:
+    files = [each for each in (root / "out").rglob("*") if each.is_file() and not each.name.startswith(".")]
+    return sum(each.read_bytes().count(text) for each in files)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("loss", [None, "removed"])
+@pytest.mark.parametrize("same_courier", [True, False], ids=["one courier", "a courier each"])
+def test_a_row_that_a_kill_left_open_is_written_once_although_later_events_of_its_run_were(
+    tmp_path, adapter, loss, same_courier
+):
+    make, read = ADAPTERS[adapter]
+    life = Life(tmp_path)
+    killed = [*life.starts(), *life.steps([0]), Metrics(life.state(1), 1, {"left_open": 0.5})]
+    killed.append(Eval(life.state(1), 1, "val", {"accuracy": 0.25}))
+    goes_on = [*life.starts(2), *life.steps([2, 3])]
+    if same_courier:
+        life.publish([*killed, *goes_on])
+    else:
+        life.publish(killed)
+        life.deliver(make(tmp_path))
+        life.publish(goes_on)
+    life.deliver(make(tmp_path))
+    found, counted = read(tmp_path), count_in_files(tmp_path, b"left_open")
+    assert counted
+    if loss is not None:
+        LOSSES[loss](Path(layout.cursor_path(life.journal, "rows")))
+        life.deliver(make(tmp_path))
+        assert (read(tmp_path), count_in_files(tmp_path, b"left_open")) == (found, counted)
 
 
 class Naive(Callback):

@@ -48,14 +48,18 @@ class Position(msgspec.Struct, omit_defaults=True):
     """Number of its last note; every note has a greater one, whichever adapter writes it."""
     handled: dict[str, int] = {}
     """Sequence number of the last handled event of each stream."""
+    merged: dict[str, int] = {}
+    """Likewise of the last handled row that was made of its parts, see `EventInfo.merged`."""
     since: str = ""
     """All events of streams older than this one are handled as well; empty if there are none."""
 
     def has(self, event: EventInfo) -> bool:
         """Whether the event was handled."""
-        last = self.handled.get(event.stream)
+        last = (self.merged if event.merged else self.handled).get(event.stream)
         if last is not None:
             return event.sequence <= last
+        if event.merged and event.stream in self.handled:
+            return False
         if self.since in {"", _NEXT_STREAM}:
             return False
         start, start_since = (each.rsplit("-", 2)[-2:-1] for each in (event.stream, self.since))
@@ -64,12 +68,17 @@ class Position(msgspec.Struct, omit_defaults=True):
 
     def add(self, event: EventInfo) -> None:
         """Record that the event is handled."""
-        self.handled[event.stream] = event.sequence
+        sequence = event.sequence
+        if event.merged:
+            self.merged[event.stream] = sequence
+            sequence = max(sequence, self.handled.get(event.stream, 0))
+        self.handled[event.stream] = sequence
         if self.since == _NEXT_STREAM:
             self.since = event.stream
         if len(self.handled) > _MAX_STREAMS:
             oldest, self.since = sorted(self.handled, key=stream_sort_key)[:2]
             del self.handled[oldest]
+            self.merged.pop(oldest, None)
 
 
 class _PositionRecord(msgspec.Struct):
@@ -152,13 +161,17 @@ class TrackedOutput:
         is_ours = self._savepoints.adopt(mark, [os.path.abspath(each) for each in others])  # noqa: PTH100
         self.position = record.position
         self.position.output = str(path)
-        self._last_written = (dict(self.position.handled), self.position.since, bytes(record.state), [*record.files])
+        self._last_written = self._content(bytes(record.state), record.files)
         if not is_ours:
             self._last_written = None  # earlier versions that the next changes create belong to this adapter's marks
             prepared = self.prepare_write(bytes(record.state), [position_file.parent / name for name in record.files])
             if prepared is not None:
                 prepared(self._savepoints.last_mark)()
         return bytes(record.state)
+
+    def _content(self, state: bytes, names: Iterable[str]) -> object:
+        position = self.position
+        return dict(position.handled), dict(position.merged), position.since, state, [*names]
 
     def prepare_write(self, state: bytes, files: Iterable[Path]) -> "Callable[[Mark], Callable[[], object]] | None":
         """Prepare a note of the output's current state; None if the last note is up to date.
@@ -172,7 +185,7 @@ class TrackedOutput:
         if position_file is None or not position.handled:
             return None
         names = {os.path.relpath(file, position_file.parent): str(file) for file in files}
-        current = (dict(position.handled), position.since, state, [*names])
+        current = self._content(state, names)
         if current == self._last_written:
             return None
         file_ends: dict[str, tuple[int, str]] = {}
