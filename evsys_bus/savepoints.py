@@ -122,7 +122,7 @@ class Savepoints:
     def adopt(self, mark: Mark, others: Iterable[str] = ()) -> bool:
         """Restore the files of this mark, and these others, whatever mark was rewound to before.
 
-        Returns whether the mark belongs to this adapter, possibly from now on. If not, the files are tracked anew.
+        Returns whether the mark belongs to this adapter, possibly from now on. If not, tracking the files starts again.
         """
         last_mark = self._last_mark
         files = dict.fromkeys([*mark.files, *others])

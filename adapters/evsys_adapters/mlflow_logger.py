@@ -453,7 +453,7 @@ class MlflowSink(Sink):
                 self.publish(RunAnnotated(key, extras))
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        """Make the blocking call on a thread; one that takes too long goes on, and the next one waits for it.
+        """Make the blocking call on a thread; one that takes too long continues, and the next one waits for it.
 
         Raises:
             RetryLaterError: It takes too long.

@@ -515,7 +515,7 @@ class Publisher:
 
 
 def _noop() -> None:
-    """Do nothing; for callers that only want the queue processed."""
+    """Do nothing; for callers that only need the queue processed."""
 
 
 def _not_an_event(given: type) -> EventError:

@@ -6,7 +6,7 @@
 
 In the first part only four numbers change while the other fields of the state stay the same, for a `LoopState` as for
 a host's own state. A template is cut out of the output of the general encoder, so it cannot differ from that, except
-that its numbers always have the widest encoding. A state that changes with every step goes through the general encoder.
+that its numbers always have the widest encoding. A state that changes with every step is left to the general encoder.
 """
 
 import functools

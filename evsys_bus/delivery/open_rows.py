@@ -36,7 +36,7 @@ class OpenRows:
         return bool(self._rows)
 
     def update(self, envelope: Envelope) -> None:
-        """Add a part, remove a row that was published whole, or the rows that a resumed training makes anew."""
+        """Add a part, remove a row that was published whole, or the rows of steps that a resumed training repeats."""
         event, key = envelope.event, (envelope.stream, envelope.run or "")
         row = self._rows.get(key)
         if isinstance(event, Metrics):

@@ -59,7 +59,7 @@ def load_split(seed: int) -> Split:
 
 
 class DigitBatches:
-    """The batches of a run, shuffled anew each epoch; each depends only on its step index."""
+    """The batches of a run, shuffled again in each epoch; each depends only on its step index."""
 
     def __init__(self, images: Images, seed: int, batch_size: int = 64) -> None:
         self._images = images

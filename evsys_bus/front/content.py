@@ -24,7 +24,7 @@ PLAIN: Final = frozenset({float, int, bool, str, type(None)})
 class ContentLogger:
     """The methods of a `Run` that store content: once in ``<run>/media``, and by reference in the journal.
 
-    On a full disk, content is not stored, with a WARNING, and the training goes on.
+    On a full disk, content is not stored, with a WARNING, and the training continues.
 
     Raises:
         EventError: The content cannot be stored.

@@ -54,7 +54,7 @@ _GIT_VARIABLES: Final = {
     "GIT_ALLOW_PROTOCOL": "none",
     "LC_ALL": "C",
 }
-_KEPT_GIT_VARIABLES: Final = {
+_PASSED_GIT_VARIABLES: Final = {
     "GIT_CEILING_DIRECTORIES",
     "GIT_CONFIG_GLOBAL",
     "GIT_CONFIG_SYSTEM",
@@ -316,7 +316,7 @@ def _git(folder: Path, deadline: float, settings: dict[str, str], *arguments: st
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("GIT_") or name in _KEPT_GIT_VARIABLES  # GIT_DIR, GIT_EXTERNAL_DIFF
+        if not name.startswith("GIT_") or name in _PASSED_GIT_VARIABLES  # GIT_DIR, GIT_EXTERNAL_DIFF
     }
     options = [part for name, value in (_GIT_SETTINGS | settings).items() for part in ("-c", f"{name}={value}")]
     command = ["git", "--no-pager", *options, *arguments]

@@ -40,7 +40,7 @@ def run(
             for step in run.steps(1000):
                 run.log({"loss": loss}, step=step)
 
-    Use ``async with`` where an event loop runs. A program that was killed and is started again goes on with its run:
+    Use ``async with`` where an event loop runs. A program that was killed and is started again continues its run:
     `Run.steps` begins behind the newest checkpoint whose files exist. A run that is complete is left alone, and a new
     one starts beside it, as ``ppo-7-2``.
 

@@ -47,7 +47,7 @@ def write_error(run_dir: Path, error: BaseException) -> Path | None:
 
 
 class OutputCapture:
-    """Copies what Python code prints into a file, line by line and redacted; it also goes where it went before.
+    """Copies what Python code prints into a file, line by line and redacted; the streams get it as before.
 
     Of a progress bar, which rewrites its line, only the last state is copied. A line is in the file when ``write``
     returns, or as soon as another thread has written the lines before it; one without an end when it is ended or at

@@ -48,7 +48,7 @@ class RunFile(msgspec.Struct):
 
 
 def choose_directory(run_dir: Path, resume: Resume) -> tuple[Path, RunFile | None]:
-    """Return the directory of the run, and the file of the attempt that goes on there; None if the run is new.
+    """Return the directory of the run, and the file of the attempt that is continued there; None if the run is new.
 
     Raises:
         TrainingError: ``must`` finds no run that could go on, ``never`` finds one, or the directory cannot be read.

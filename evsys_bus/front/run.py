@@ -215,7 +215,7 @@ class Run(ContentLogger):
     def steps(self, num_steps: int | None = None) -> Generator[int]:
         """Yield the steps of the training, until a stop is requested; a resumed run begins behind its checkpoint.
 
-        A second loop of the same run goes on behind the last step of the first.
+        A second loop of the same run continues behind the last step of the first.
 
         Args:
             num_steps: How many steps the run has in all. Default: as given to `run`; if None too, without end.

@@ -214,7 +214,7 @@ def check_file_system(disk: Disk, directory: str) -> None:
 
 
 def _supports_append(disk: Disk, path: str, file: int) -> bool:
-    """Whether a write goes to the end of the file, also after the file was truncated."""
+    """Whether a write is made at the end of the file, also after the file was truncated."""
     try:
         disk.write(file, b"ab")
         disk.truncate(file, 1)

@@ -1,7 +1,7 @@
 """Reading runs from their journals, while they run or later: `read` one, `read_runs` of a folder.
 
 Everything comes from the journal, whichever program has written it. Nothing is written, and a damaged journal is read
-as far as it goes; `RecordedRun.problems` has what is missing. This module finds journals and runs in folders;
+as far as possible; `RecordedRun.problems` has what is missing. This module finds journals and runs in folders;
 `collector` makes runs of events.
 """
 

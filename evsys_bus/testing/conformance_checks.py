@@ -126,7 +126,7 @@ DEADLINE_SECONDS: Final = 30.0
 
 
 class SinkConformance:
-    """Conformance checks of a sink, constructed anew for each check.
+    """Conformance checks of a sink, which is constructed for each check.
 
     Args:
         make: Constructs it, given a folder.
@@ -239,7 +239,7 @@ _Events: TypeAlias = Callable[[Path], Iterable[Iterable[Event]]]
 
 
 class CallbackConformance:
-    """Conformance checks of a callback, constructed anew for each check.
+    """Conformance checks of a callback, which is constructed for each check.
 
     Args:
         make: Constructs it, given a folder.

@@ -25,7 +25,7 @@ STEPS: Final = 4
 
 
 class Timeline:
-    """The events of one small experiment below a folder, created anew on each call."""
+    """The events of one small experiment below a folder, created on each call."""
 
     def __init__(self, folder: Path, runs: Iterable[str] = RUNS) -> None:
         self.experiment = LogContext(folder, config={"metadata": {"hypothesis": "Wider is better."}})

@@ -3,6 +3,7 @@
 import signal
 import sys
 from contextlib import suppress
+from itertools import product
 
 import pytest
 
@@ -75,19 +76,25 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("runner", ["asyncio", "uvloop", "anyio"])
-@pytest.mark.parametrize("bare", ["bare", "spawned"])
-@pytest.mark.parametrize(("how", "code"), [("normal", 0), ("raises", 1)])
-def test_R2_all_200_complete_at_a_normal_end_and_when_the_body_raises(program, tmp_path, how, code, bare, runner):
+def each_pair(first, second):
+    """The runners, with tasks of both kinds and one of two ends; each two of these three meet. The rest is long."""
+    combinations = product(("asyncio", "uvloop", "anyio"), ("bare", "spawned"), (first, second))
+    return [
+        pytest.param(*each, marks=() if (i % 4 in {0, 3}) == (i < 8) else pytest.mark.long)
+        for i, each in enumerate(combinations)
+    ]
+
+
+@pytest.mark.parametrize(("runner", "bare", "end"), each_pair(("normal", 0), ("raises", 1)))
+def test_R2_all_200_complete_at_a_normal_end_and_when_the_body_raises(program, tmp_path, end, bare, runner):
+    how, code = end
     process = program(PROGRAM, how, bare, str(tmp_path / "ready"), runner)
     out, err = process.communicate(timeout=18)
     assert out.count(".") == 200, err
     assert process.returncode == code
 
 
-@pytest.mark.parametrize("runner", ["asyncio", "uvloop", "anyio"])
-@pytest.mark.parametrize("bare", ["bare", "spawned"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("runner", "bare", "number"), each_pair(signal.SIGTERM, signal.SIGINT))
 def test_R2_all_200_complete_on_sigterm_and_on_one_sigint(program, tmp_path, number, bare, runner):
     process = program(PROGRAM, "signal", bare, str(tmp_path / "ready"), runner)
     wait_for(tmp_path / "ready", process)

@@ -302,7 +302,7 @@ class Run:
         """Do nothing: the commit and its changes are on record."""
 
     def mark_preempting(self) -> None:
-        """Do nothing: a run that is preempted goes on when the program is started again."""
+        """Do nothing: a run that is preempted continues when the program is started again."""
 
     def get_url(self) -> str | None:
         """Return None: W&B's address of the run is known to the logger that sends it there."""
@@ -453,7 +453,7 @@ def init(
     output: bool = True,
     **kwargs: Any,
 ) -> Run:
-    """Open a run, in ``<dir>/<project>/<id or name>``; one of this directory that was killed goes on.
+    """Open a run, in ``<dir>/<project>/<id or name>``; one of this directory that was killed is continued.
 
     Args:
         entity: Recorded with the config, as are ``group`` and ``job_type``.
