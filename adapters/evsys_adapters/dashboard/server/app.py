@@ -31,7 +31,7 @@ from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
-from evsys_adapters.dashboard.server.retention import remove_old
+from evsys_adapters.dashboard.server.retention import TrashRoutes, remove_old
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.server.view_routes import ViewRoutes, page_for_browsers
 from evsys_adapters.dashboard.state_file import SERVICE
@@ -134,6 +134,7 @@ class DashboardApp:
             Route("/api/experiments/{id}", self._experiment),
             Route("/api/charts", self._charts, methods=["POST"]),
             *ViewRoutes(self._store, lambda: self.hub.number).routes(),
+            *TrashRoutes(self._store, self._publish).routes(),
             Route("/api/live", self._poll),
             WebSocketRoute("/api/live", self._live),
             *hosted_routes,
