@@ -357,7 +357,8 @@ class EventSource:
                 if contexts.has_parts and source.is_first_look(item):
                     source.push_back(record)
                     first_step = _first_step(item.event) if type(item.event) is TrainStart else None
-                    batch.ended.append(EndedRows(stream, item.run or "", first_step))  # "" is that of a run without a key
+                    # As in `OpenRows`: "" is the key of a run without one.
+                    batch.ended.append(EndedRows(stream, item.run or "", first_step))
                     batch.is_closed, read_result = True, "full"
                     break
                 total_bytes += size

@@ -79,13 +79,12 @@ def test_a_chart_receives_the_changed_buckets_with_absolute_values(shared):
 
 def test_home_receives_the_rows_that_changed_and_an_experiment_its_page(shared):
     first, first_id, _ = started(shared, "rows-1")
-    _, second_id, frame = started(shared, "rows-2")
+    *_, frame = started(shared, "rows-2")
     with shared.live() as live:
         subscribe(live, ("home", frame))
         first.send(shared, first.steps(1))
         header, _ = receive_until(live, lambda header, _: header["topic"] == "home")
-        # The first frame of a topic has all rows, as it does not know what was read before.
-        assert {first_id, second_id} <= {row["id"] for row in header["home"]["experiments"]}
+        assert [row["id"] for row in header["home"]["experiments"]] == [first_id]  # and not what was read before
         first.send(shared, first.steps(1))
         header, _ = receive(live)
         assert [row["id"] for row in header["home"]["experiments"]] == [first_id]
@@ -100,6 +99,30 @@ def test_home_receives_the_rows_that_changed_and_an_experiment_its_page(shared):
         first.send(shared, first.steps(1, new=1.0))
         header, _ = receive(live)
         assert "train/new" in {each["name"] for each in header["experiment"]["metrics"]}
+
+
+def test_the_first_frames_have_only_what_differs_from_the_pages_that_were_read(shared):
+    trainer, id_, _ = started(shared, "read-before")
+    home, page = shared.get("/api/home"), shared.get(f"/api/experiments/{id_}")
+    with shared.live() as live:
+        subscribe(live, ("home", home["frame"]), (f"e/{id_}", page["frame"]))
+        with pytest.raises(TimeoutError):
+            live.recv(timeout=0.3)
+        trainer.send(shared, trainer.steps(1))
+        frames = {header["topic"]: header for header, _ in (receive(live), receive(live))}
+        assert [row["id"] for row in frames["home"]["home"]["experiments"]] == [id_]
+        assert "metrics" not in frames[f"e/{id_}"]["experiment"]
+
+
+def test_what_changed_between_reading_a_page_and_subscribing_is_sent(shared):
+    trainer, id_, _ = started(shared, "read-and-changed")
+    page = shared.get(f"/api/experiments/{id_}")
+    trainer.send(shared, trainer.steps(5))
+    with shared.live() as live:
+        subscribe(live, (f"e/{id_}", page["frame"]))
+        header, _ = receive_until(live, lambda header, _: header["topic"] == f"e/{id_}")
+        assert [run["step"] for run in header["experiment"]["runs"]] == [14]
+        assert "metrics" not in header["experiment"]
 
 
 def test_what_changed_between_reading_a_chart_and_subscribing_is_sent(shared):

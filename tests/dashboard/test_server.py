@@ -526,3 +526,52 @@ def test_the_description_has_every_route_of_the_api(shared):
             answer = shared.request(method.upper(), name, "{}" if method == "post" else None)
             assert answer.status == 200 or answer.code != "route", path
             assert str(answer.status) in operation["responses"], (path, answer.status)
+
+
+# The trash.
+
+
+def names(dashboard):
+    return [row["name"] for row in dashboard.get("/api/home")["experiments"]]
+
+
+def test_an_experiment_goes_to_the_trash_comes_back_and_is_removed_only_from_there(dashboard):
+    trainer = Trainer(root="/runs/old")
+    trainer.send(dashboard, [*trainer.start(), *trainer.steps(3)])
+    [row] = dashboard.get("/api/home")["experiments"]
+    route = f"/api/experiments/{row['id']}"
+    assert dashboard.post(f"{route}/purge", {}).status == 409
+    assert dashboard.post(f"{route}/trash", {}).json["id"] == row["id"]
+    assert names(dashboard) == []
+    assert dashboard.request("GET", route).status == 404
+    trash = dashboard.get("/api/trash")
+    assert [(each["name"], each["runs"]) for each in trash["experiments"]] == [(row["name"], 1)]
+    assert trash["days"] == 30
+    hidden = trash["experiments"][0]["hidden"]
+    assert dashboard.post(f"{route}/trash", {}).json["hidden"] == hidden  # a second time changes nothing
+    assert dashboard.post(f"{route}/restore", {}).json["hidden"] is None
+    assert names(dashboard) == [row["name"]]
+    dashboard.post(f"{route}/trash", {})
+    assert dashboard.post(f"{route}/purge", {}).json == {"experiments": 1, "runs": 1}
+    assert dashboard.post(f"{route}/restore", {}).status == 404
+    assert dashboard.get("/api/trash")["experiments"] == []
+
+
+def test_a_run_goes_to_the_trash_alone(dashboard):
+    for name in ("a-s0", "b-s0"):
+        trainer = Trainer(name, root="/runs/lr")
+        trainer.send(dashboard, [*trainer.start(), *trainer.steps(3)])
+    [row] = dashboard.get("/api/home")["experiments"]
+    page = dashboard.get(f"/api/experiments/{row['id']}")
+    run = page["runs"][0]["id"]
+    assert dashboard.post(f"/api/runs/{run}/trash", {}).status == 200
+    assert [each["id"] for each in dashboard.get(f"/api/experiments/{row['id']}")["runs"]] == [page["runs"][1]["id"]]
+    assert [each["id"] for each in dashboard.get("/api/trash")["runs"]] == [run]
+    assert dashboard.post(f"/api/experiments/{run}/trash", {}).status == 404
+    assert dashboard.post(f"/api/runs/{run}/purge", {}).json == {"experiments": 0, "runs": 1}
+
+
+def test_the_trash_needs_the_token_and_the_own_origin(dashboard):
+    assert dashboard.request("POST", "/api/experiments/x/trash", "{}", token=None).status == 401
+    assert dashboard.request("POST", "/api/experiments/x/trash", "{}", Origin="http://elsewhere").status == 403
+    assert dashboard.request("GET", "/api/experiments/x/trash").status in {404, 405}

@@ -7,10 +7,10 @@ restored, and then purged.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -288,7 +288,37 @@ def purge(store: Store, now: float, trash_days: float = 0.0) -> Removed:
         for each in records.experiments(hidden=True)
         if is_old(each) and all(map(is_old, records.runs(each.id, hidden=True)))
     ]
-    runs = [run.id for run in records.hidden_runs() if is_old(run)]
+    return _remove(store, experiments, [run.id for run in records.hidden_runs() if is_old(run)])
+
+
+def purge_one(store: Store, public_id: str) -> Removed:
+    """Remove an experiment or a run for good, if it is in the trash; see `purge`."""
+    records = store.catalogue.records
+    experiments = [each.id for each in records.experiments(hidden=True) if each.public == public_id]
+    return _remove(store, experiments, [run.id for run in records.hidden_runs() if run.public == public_id])
+
+
+def trash(store: Store) -> dict[str, list[dict[str, Any]]]:
+    """Return the experiments and runs in the trash, the newest first."""
+    records = store.catalogue.records
+    experiments = [
+        {"id": each.public, "name": each.name, "hidden": each.hidden, "runs": len(records.run_ids(each.id))}
+        for each in records.experiments(hidden=True)
+    ]
+    runs: list[dict[str, Any]] = []
+    for run in records.hidden_runs():
+        experiment = records.experiment(run.experiment)
+        name = None if experiment is None else experiment.name
+        runs.append({"id": run.public, "name": run.key, "hidden": run.hidden, "experiment": name})
+    return {
+        kind: sorted(rows, key=lambda row: row["hidden"], reverse=True)
+        for kind, rows in (("experiments", experiments), ("runs", runs))
+    }
+
+
+def _remove(store: Store, experiments: Sequence[int], runs: Iterable[int]) -> Removed:
+    """Remove experiments with all their runs, and further runs."""
+    records = store.catalogue.records
     runs = list(dict.fromkeys([*runs, *(run for each in experiments for run in records.run_ids(each))]))
     for run in runs:
         with store.transaction():

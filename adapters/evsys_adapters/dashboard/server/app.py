@@ -31,7 +31,7 @@ from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.openapi import DESCRIPTION
 from evsys_adapters.dashboard.server.page_files import PageFiles
-from evsys_adapters.dashboard.server.retention import remove_old
+from evsys_adapters.dashboard.server.retention import TrashRoutes, remove_old
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.server.view_routes import ViewRoutes, page_for_browsers
 from evsys_adapters.dashboard.state_file import SERVICE
@@ -134,6 +134,7 @@ class DashboardApp:
             Route("/api/experiments/{id}", self._experiment),
             Route("/api/charts", self._charts, methods=["POST"]),
             *ViewRoutes(self._store, lambda: self.hub.number).routes(),
+            *TrashRoutes(self._store, self._publish).routes(),
             Route("/api/live", self._poll),
             WebSocketRoute("/api/live", self._live),
             *hosted_routes,
@@ -206,22 +207,32 @@ class DashboardApp:
         return json_response(self._imports.progress(request.path_params["id"]))
 
     async def _home(self, request: Request) -> Response:
-        frame = self.hub.number
-        body = await self._store.call(lambda store: msgspec.json.encode({**pages.home(store), "frame": frame}))
-        return await compressed_response(request, body, "application/json")
+        answer = await self._read_page(request, "home", pages.home)
+        assert answer is not None
+        return answer
 
     async def _experiment(self, request: Request) -> Response:
-        frame = self.hub.number
         id_: str = request.path_params["id"]
-
-        def read(store: Store) -> bytes | None:
-            page = pages.experiment(store, id_)
-            return None if page is None else msgspec.json.encode({**page, "now": time.time(), "frame": frame})
-
-        body = await self._store.call(read)
-        if body is None:
+        answer = await self._read_page(request, f"e/{id_}", lambda store: pages.experiment(store, id_))
+        if answer is None:
             raise AnswerError(404, "experiment", "no such experiment", fix="look at the home page")
-        return await compressed_response(request, body, "application/json")
+        return answer
+
+    async def _read_page(
+        self, request: Request, topic: str, read: Callable[[Store], dict[str, Any] | None]
+    ) -> Response | None:
+        """Answer with a page that live frames continue; None if there is none."""
+        frame = self.hub.number
+
+        def encode(store: Store) -> tuple[dict[str, Any], bytes] | None:
+            page = read(store)
+            return None if page is None else (page, msgspec.json.encode({**page, "now": time.time(), "frame": frame}))
+
+        found = await self._store.call(encode)
+        if found is None:
+            return None
+        self.hub.note_read(topic, frame, found[0])
+        return await compressed_response(request, found[1], "application/json")
 
     async def _charts(self, request: Request) -> Response:
         query = self._convert(await self._bodies.read_json(request), ChartsQuery)

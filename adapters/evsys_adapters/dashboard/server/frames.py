@@ -85,6 +85,10 @@ class FrameSource:
         self.is_changed = False
         self._is_complete = False
 
+    def start_from(self, page: dict[str, Any]) -> None:
+        """Send only what differs from a page that the viewer has read, before the first frame."""
+        raise NotImplementedError
+
     def mark(self, views: Views) -> None:
         """Note a change that concerns the topic."""
         raise NotImplementedError
@@ -108,6 +112,10 @@ class HomeFrame(FrameSource):
     def __init__(self) -> None:
         super().__init__()
         self._rows: dict[str, dict[str, Any]] = {}
+
+    def start_from(self, page: dict[str, Any]) -> None:
+        """Send only the rows that differ from those of this page."""
+        self._rows = {row["id"]: row for row in page["experiments"]}
 
     def mark(self, views: Views) -> None:
         """Note a change of any experiment."""
@@ -133,6 +141,10 @@ class ExperimentFrame(FrameSource):
         super().__init__()
         self._experiment = experiment
         self._sent: dict[str, Any] | None = None
+
+    def start_from(self, page: dict[str, Any]) -> None:
+        """Send nothing while the page is this one, and its metrics only once they differ."""
+        self._sent = {name: value for name, value in page.items() if name != "now"}
 
     def mark(self, views: Views) -> None:
         """Note a change of the experiment."""

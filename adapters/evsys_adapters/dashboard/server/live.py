@@ -11,10 +11,10 @@ A viewer that asks for the frames since a number gets them from the ring, or fro
 """
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
@@ -38,6 +38,8 @@ from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
 
 MAX_TOPIC_BYTES: Final = 8192
+_MAX_READ: Final = 256
+"""Pages that were read and are not viewed yet, or any more."""
 _MAX_JUMP: Final = 1 << 53
 _TURN_SECONDS: Final = 0.05
 """How long frames may keep events and readers from the store's thread."""
@@ -168,6 +170,8 @@ class LiveHub:
         self._history_size = 0
         self._number = int(time.time() * 1_000_000)
         self._history_floor = self._number
+        self._read: Final[OrderedDict[str, tuple[int, dict[str, Any]]]] = OrderedDict()
+        """By topic, the page that was read last, and the number of that answer."""
         self._places: Final = Places()
         self._pending: list[Changes] = []
         self._wakeup = anyio.Event()
@@ -196,6 +200,15 @@ class LiveHub:
         if self._topics:
             self._pending.append(changes)
             self._wakeup.set()
+
+    def note_read(self, topic: str, number: int, page: dict[str, Any]) -> None:
+        """Note what a client has read of a page, and the number of that answer: its first frame is what differs."""
+        known = self._read.get(topic)
+        if known is None or known[0] != number:  # of several answers the first, which lacks most
+            self._read[topic] = number, page
+            self._read.move_to_end(topic)
+            if len(self._read) > _MAX_READ:
+                self._read.popitem(last=False)
 
     async def subscribe(self, viewer: Viewer, subscriptions: Sequence[Subscription]) -> None:
         """Replace what a client views.
@@ -289,6 +302,12 @@ class LiveHub:
             topic = Topic(subscription.topic, source, self._number, self._limits)
             self._topics[topic.name] = topic
             topic.refreshed = self._clock()
+            read = self._read.get(topic.name)
+            if number is not None and read is not None and read[0] == number:
+                source.start_from(read[1])
+                source.is_changed = number < self._number
+                topic.floor = number
+                return topic, number
         is_known = number is not None and topic.floor <= number <= self._number
         if is_known:
             return topic, number or 0

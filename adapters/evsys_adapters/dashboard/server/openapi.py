@@ -190,6 +190,28 @@ _VIEWS: Final[Json] = {
     ),
     "/api/health": _view("How far the deliveries of all journals are, and the figures of the database"),
 }
+_TRASH: Final[Json] = {
+    "/api/trash": _view("The experiments and runs in the trash, and after how many days they are removed", []),
+    **{
+        f"/api/{kind}s/{{id}}/{action}": {
+            "post": _operation(
+                f"{summary} {article} {kind}",
+                {
+                    "200": _answer("It is done.", _json(_OBJECT)),
+                    "404": _answer(f"No such {kind}.", _ERROR),
+                    **({"409": _answer("It is not in the trash.", _ERROR)} if action == "purge" else {}),
+                },
+                parameters=[_parameter("id", "path", _TEXT, f"The {kind}.")],
+            )
+        }
+        for kind, article in (("experiment", "an"), ("run", "a"))
+        for action, summary in (
+            ("trash", "Hide, for 30 days,"),
+            ("restore", "Take out of the trash"),
+            ("purge", "Remove for good from the trash"),
+        )
+    },
+}
 
 DESCRIPTION: Final[Json] = {
     "openapi": "3.1.0",
@@ -314,6 +336,7 @@ DESCRIPTION: Final[Json] = {
             )
         },
         **_VIEWS,
+        **_TRASH,
         "/api/charts": {
             "post": _operation(
                 "Several charts of an experiment",
