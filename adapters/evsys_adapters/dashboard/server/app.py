@@ -144,7 +144,7 @@ class DashboardApp:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
             tasks.start_soon(self._imports.run)
-            tasks.start_soon(self._store.take_over)
+            tasks.start_soon(self._store.follow, self._publish)
             tasks.start_soon(partial(remove_old, self._store, self._keep_days, first_seconds=self._retention_seconds))
             yield
             tasks.cancel_scope.cancel()
