@@ -40,9 +40,9 @@ def sent(dashboard, trainer, events, seconds=30.0):
     return refused
 
 
-def points(dashboard):
-    """Number of points of train/loss of the only run."""
-    (row,) = dashboard.get("/api/home")["experiments"]
+def points(dashboard, experiment="lr"):
+    """Number of points of train/loss of an experiment's only run."""
+    (row,) = [each for each in dashboard.get("/api/home")["experiments"] if each["name"] == experiment]
     header, _ = dashboard.charts(row["id"], {"metric": "train/loss"})
     return header["charts"][0]["total"]
 
@@ -82,7 +82,7 @@ def test_a_server_of_postgres_that_crashes_and_starts_again_is_waited_for(tmp_pa
             assert points(dashboard) == 200
 
 
-def test_a_second_server_waits_and_takes_over_when_the_first_one_ends(tmp_path, postgres):
+def test_a_second_server_reads_and_takes_over_when_the_first_one_ends(tmp_path, postgres):
     first, second = folders(tmp_path, postgres.create_schema(), 2)
     trainer = Trainer()
     with ExitStack() as servers:
@@ -90,10 +90,52 @@ def test_a_second_server_waits_and_takes_over_when_the_first_one_ends(tmp_path, 
             sent(writer, trainer, trainer.start() + trainer.steps(100))
             standby = servers.enter_context(running_dashboard(second))
             answer = standby.ingest(trainer.stream, trainer.sequence, [])
-            assert (answer.status, "open in another process" in answer.body.decode()) == (503, True)
+            assert (answer.status, "only reads" in answer.body.decode()) == (503, True)
             sent(writer, trainer, trainer.steps(100))
+            assert points(standby) == 200
         sent(standby, trainer, trainer.steps(100))
         assert points(standby) == 300
+
+
+def test_a_second_server_shows_what_the_first_one_stores(tmp_path, postgres):
+    first, second = folders(tmp_path, postgres.create_schema(), 2)
+    trainer = Trainer()
+    with running_dashboard(first) as writer:
+        sent(writer, trainer, trainer.start() + trainer.steps(3000))
+        with running_dashboard(second) as reader:
+            assert reader.get("/health")["store"] == writer.get("/health")["store"]
+            assert points(reader) == 3000
+            other = Trainer("b-s0", root="/runs/other")
+            with reader.live() as view:
+                view.send('{"subscribe": [{"topic": "home", "frame": null}]}')
+                sent(writer, other, other.start() + other.steps(10))
+                while b"other" not in (frame := view.recv(20)):
+                    assert frame
+            sent(writer, trainer, trainer.steps(50) + trainer.end())
+            names = [row["name"] for row in writer.get("/api/home")["experiments"]]
+            assert [row["name"] for row in reader.get("/api/home")["experiments"]] == names
+            assert points(reader, "lr") == points(writer, "lr") == 3050
+
+
+def test_a_user_who_may_only_read_has_a_server_that_only_reads(tmp_path, postgres):
+    url = postgres.create_schema()
+    schema = re.search("test_[0-9a-f]+", url)[0]
+    reader_url = url.replace("postgres@", f"{schema}@", 1)
+    first, second = folders(tmp_path, url, 2)
+    put_in_postgres(second, reader_url)
+    trainer = Trainer()
+    with running_dashboard(first) as writer:
+        sent(writer, trainer, trainer.start() + trainer.steps(100))
+        with psycopg.connect(url, autocommit=True) as session:
+            session.execute(f"CREATE ROLE {schema} LOGIN")
+            session.execute(f"GRANT USAGE ON SCHEMA {schema} TO {schema}")
+            session.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {schema}")
+    with running_dashboard(second) as reader:
+        assert points(reader) == 100
+        time.sleep(1.5)  # it does not take over
+        answer = reader.ingest(trainer.stream, trainer.sequence, [])
+        assert (answer.status, "only reads" in answer.body.decode()) == (503, True)
+        assert points(reader) == 100
 
 
 def test_the_command_opens_a_database_by_its_url(tmp_path, postgres):

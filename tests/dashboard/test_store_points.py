@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.point_stores import brute_buckets, differing, open_store, points_of
+from evsys_adapters.dashboard.store_reader import StoreReader
+from support.database_places import location_in
+from support.point_stores import StepPoints, brute_buckets, differing, open_store, points_of
 
 VALUES = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0])
 STARTS = st.integers(0, 5000) | st.sampled_from([-3000, -1, 2047, 2048, 10**6, 10**12])
@@ -144,3 +146,53 @@ def test_any_history_in_postgres_leaves_the_points_of_a_dict(history, checkpoint
 @given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
 def test_many_histories_leave_the_points_of_a_dict(history, checkpoint_points, new_folder):
     play(history, checkpoint_points, new_folder())
+
+
+class FollowedHistory(History):
+    """A history that a reader follows: after each commit it has the same points."""
+
+    def __init__(self, folder, checkpoint_points):
+        super().__init__(folder, checkpoint_points)
+        self.reader = StoreReader.open(location_in(folder), catalogue=StepPoints)
+
+    def play(self, op):
+        super().play(op)
+        if op[0] not in {"rows", "one", "cut"} and not self.pending:
+            self.check_reader()
+
+    def check_reader(self):
+        with self.reader.reading():
+            infos = self.reader.series.names(1)
+            assert infos == self.store.series.names(1) or any(math.isnan(each.last or 0.0) for each in infos)
+            for info in infos:
+                assert differing(points_of(self.reader, info.id), points_of(self.store, info.id)) == []
+
+
+def follow(history, checkpoint_points, folder):
+    played = FollowedHistory(folder, checkpoint_points)
+    try:
+        for op in history:
+            played.play(op)
+        played.commit()
+        played.check_reader()
+        played.checkpoint()
+        played.check_reader()
+    finally:
+        played.store.close()
+        played.reader.close()
+
+
+@pytest.mark.servers
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
+def test_a_reader_of_postgres_has_the_points_of_the_writer(history, checkpoint_points, new_postgres_folder):
+    follow(history, checkpoint_points, new_postgres_folder())
+
+
+@pytest.mark.long
+@pytest.mark.servers
+@pytest.mark.timeout(600)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=HISTORIES, checkpoint_points=CHECKPOINTS)
+def test_a_reader_follows_many_histories(history, checkpoint_points, new_postgres_folder):
+    follow(history, checkpoint_points, new_postgres_folder())

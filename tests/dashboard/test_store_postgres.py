@@ -9,9 +9,10 @@ import pytest
 from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.database_postgres import PostgresDatabase
 from evsys_adapters.dashboard.store import Store
+from evsys_adapters.dashboard.store_reader import StoreReader
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
-from support.point_stores import StepPoints, encoded_steps, info_of, points_of
+from support.point_stores import StepPoints, differing, encoded_steps, info_of, points_of
 from support.steps import step_end
 
 pytestmark = pytest.mark.servers
@@ -118,6 +119,81 @@ def test_schemas_of_one_database_are_databases_apart(postgres):
     first.ingest("s", 0, encoded_steps(0, 3, loss=0.5))
     assert first.id != second.id
     assert (first.watermark("s"), second.watermark("s")) == (3, 0)
+
+
+def read_points(reader):
+    with reader.reading():
+        return {info.name: points_of(reader, info.id) for info in reader.series.names(1)}
+
+
+@pytest.fixture
+def writer_and_reader(url):
+    writer = open_store(url)
+    writer.ingest("s", 0, encoded_steps(0, 10, loss=0.5))
+    reader = StoreReader.open(url, catalogue=StepPoints)
+    assert read_points(reader) == {"loss": dict.fromkeys(range(10), 0.5)}
+    return writer, reader
+
+
+def test_a_reader_has_what_was_logged_and_written_while_it_did_not_look(writer_and_reader):
+    writer, reader = writer_and_reader
+    writer.ingest("s", 10, encoded_steps(10, 40, seq=10, loss=0.5))
+    writer.checkpoint()
+    assert read_points(reader) == {"loss": dict.fromkeys(range(50), 0.5)}
+    writer.ingest("s", 50, encoded_steps(50, 9000, seq=50, loss=0.5, other=1.0))
+    assert read_points(reader)["loss"] == dict.fromkeys(range(9050), 0.5)
+    assert read_points(reader)["other"] == dict.fromkeys(range(50, 9050), 1.0)
+
+
+def test_a_reader_has_a_series_whose_chunks_were_divided_anew(url):
+    writer, reader, points = open_store(url), None, {}
+    steps = [*range(100), *range(1000, 400_000, 1000)]
+    for at in range(0, len(steps), 25):
+        with writer.transaction():
+            for step in steps[at : at + 25]:
+                points[step] = float(step)
+                writer.series.add_row(1, 0, step, None, {"loss": points[step]})
+        if reader is None and at >= 150:
+            writer.checkpoint()
+            reader = StoreReader.open(url, catalogue=StepPoints)
+        if reader is not None:
+            assert differing(read_points(reader)["loss"], points) == []
+    assert info_of(writer, 1, "loss").n == len(steps)
+    assert writer.database.query("SELECT scale FROM series")[0][0] > 2
+
+
+def test_a_reader_has_no_run_any_more_that_was_removed(writer_and_reader):
+    writer, reader = writer_and_reader
+    with writer.transaction():
+        writer.series.remove(1)
+    assert read_points(reader) == {}
+
+
+def test_a_reader_goes_on_after_its_writer_was_replaced_by_another_one(writer_and_reader):
+    writer, reader = writer_and_reader
+    writer.close()
+    with pytest.raises(StoreError, match="only reads"):
+        reader.ingest("s", 10, encoded_steps(10, 1, seq=10, loss=0.5))
+    other = open_store(writer.location)
+    other.ingest("s", 10, encoded_steps(10, 5, seq=10, loss=0.5))
+    assert read_points(reader) == {"loss": dict.fromkeys(range(15), 0.5)}
+
+
+def test_one_call_of_a_reader_reads_one_state(writer_and_reader):
+    writer, reader = writer_and_reader
+    with reader.reading():
+        before = reader.series.names(1)
+        writer.ingest("s", 10, encoded_steps(10, 5000, seq=10, loss=0.5))
+        with writer.transaction():
+            writer.series.remove(1)
+        assert reader.series.names(1) == before
+        assert points_of(reader, before[0].id) == dict.fromkeys(range(10), 0.5)
+
+
+def test_a_database_that_no_writer_has_created_cannot_be_read(url):
+    with pytest.raises(StoreError, match="not created yet") as caught:
+        StoreReader.open(url)
+    assert caught.value.problem == "read only"
 
 
 def test_a_server_that_is_not_there_is_named_with_the_fix():

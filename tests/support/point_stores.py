@@ -38,6 +38,9 @@ class StepPoints:
     def flush(self) -> None:
         """What is applied is in the database at once."""
 
+    def evict(self, experiments: object, runs: object) -> None:
+        """It has nothing in memory."""
+
     def count(self) -> int:
         return self.database.query("SELECT COUNT(*) FROM applied")[0][0]
 

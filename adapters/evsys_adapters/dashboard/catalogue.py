@@ -192,6 +192,10 @@ class Catalogue:
         self.records.remove("experiment", [experiment])
         self.page_rows.pop(experiment, None)
 
+    def evict(self, experiments: Iterable[int], runs: Iterable[int]) -> None:
+        """Read again what another process has changed."""
+        self.records.evict(experiments, runs)
+
     # -- steps
 
     def _add_step(self, envelope: Envelope, event: StepEnd | Metrics, changes: Changes) -> int:

@@ -20,7 +20,7 @@ from evsys_bus.files import FileLock
 
 Row: TypeAlias = tuple[Any, ...]
 """A row of a result; its columns have the types that the statement's author declared."""
-Problem: TypeAlias = Literal["full", "locked", "corrupt", "newer", "foreign", "refused", "lost", "failed"]
+Problem: TypeAlias = Literal["full", "locked", "corrupt", "newer", "foreign", "refused", "lost", "read only", "failed"]
 
 
 class StoreError(EvsysBusError, OSError):
@@ -29,7 +29,8 @@ class StoreError(EvsysBusError, OSError):
     Attributes:
         problem: ``full``, ``locked`` and ``lost`` (no connection to the server) pass; ``corrupt``, ``newer`` (written
             by a newer version), ``foreign`` (not a database of the dashboard) and ``refused`` (no permission, no such
-            folder) need a person; ``failed`` is a store that must be opened again after an error.
+            folder) need a person; ``read only`` is a store of which another process is the writer; ``failed`` is one
+            that must be opened again after an error.
     """
 
     code = "EB907"
@@ -84,6 +85,10 @@ class Database(Protocol):
 
         They survive the end of the process; a power cut may undo those since the last transaction outside such a block.
         """
+        ...
+
+    def notify(self, payload: str) -> None:
+        """Send at most 7,999 bytes to those who read the database in other processes, when the transaction commits."""
         ...
 
     def tables(self) -> set[str]:
@@ -222,6 +227,9 @@ class SqliteDatabase(NestedTransactions):
             yield
         finally:
             self.execute("PRAGMA synchronous = FULL")
+
+    def notify(self, payload: str) -> None:
+        """Do nothing: no other process reads the file."""
 
     def tables(self) -> set[str]:
         """Return the names of the tables."""

@@ -1,7 +1,8 @@
 """The driver of PostgreSQL.
 
 Everything of a dashboard is in one schema, the first of the connection's search path; several dashboards may share a
-database if each has a schema of its own. The one that writes holds an advisory lock, which ends with its connection.
+database if each has a schema of its own. The one that writes holds an advisory lock, which ends with its connection,
+and notifies those that read.
 """
 
 import re
@@ -19,8 +20,8 @@ from psycopg.types.string import StrDumperUnknown
 
 from evsys_adapters.dashboard.database import NestedTransactions, Problem, Row, StoreError, failed_in_part
 
-_TAKE_LOCK: Final = "SELECT pg_advisory_lock(1702261619, hashtext(current_schema()))"
-"""The first number is a constant by which one finds the lock in ``pg_locks``."""
+_LOCK: Final = "1702261619, hashtext(current_schema())"
+"""Key of the advisory lock; the first number is a constant by which one finds it in ``pg_locks``."""
 _DEFAULTS: Final[dict[str, str]] = {
     "application_name": "evsys-bus dashboard",
     "client_encoding": "UTF8",
@@ -35,20 +36,22 @@ _DEFAULTS: Final[dict[str, str]] = {
 
 
 class PostgresDatabase(NestedTransactions):
-    """A schema of a PostgreSQL database, which only one process at a time may open.
+    """A schema of a PostgreSQL database, which only one process at a time may open for writing.
 
     Args:
         url: ``postgresql://USER@HOST:PORT/DATABASE?OPTION=VALUE``; what it lacks comes from the environment
             (``PGPASSWORD`` and its like) and from ``~/.pgpass``. It has no password, for others see command lines.
         timeout_seconds: How long a statement waits for another session that has locked a table, and opening for the
             end of the process that had the database open before.
+        is_writer: Whether it writes. Those who read need not wait, and receive what the writer notifies.
 
     Raises:
-        StoreError: It cannot be opened, or another process has it open.
+        StoreError: It cannot be opened, or another process writes to it.
     """
 
-    def __init__(self, url: str, *, timeout_seconds: float = 1.0) -> None:
+    def __init__(self, url: str, *, timeout_seconds: float = 1.0, is_writer: bool = True) -> None:
         super().__init__()
+        self._payloads: list[str] = []
         self._location: Final = url
         self._is_relaxed = False
         self._connection: Final = self._connect(_connection_options(url))
@@ -58,7 +61,13 @@ class PostgresDatabase(NestedTransactions):
             self.execute("SELECT set_config('lock_timeout', ?, FALSE)", f"{round(timeout_seconds * 1000)}ms")
             if self.query("SHOW synchronous_commit") == [("off",)]:
                 self.execute("SET synchronous_commit = on")  # what is committed survives a power cut
-            self._acquire_lock()
+            [(self._channel,)] = self.query("SELECT 'evsys_' || md5(current_schema())")
+            if is_writer:
+                self._check_privileges()
+                self._acquire_lock()
+            else:
+                self._connection.add_notify_handler(lambda notice: self._payloads.append(notice.payload))
+                self.execute(f"LISTEN {self._channel}")
             stack.pop_all()
 
     @property
@@ -110,6 +119,29 @@ class PostgresDatabase(NestedTransactions):
             yield
         finally:
             self._is_relaxed = False
+
+    @contextmanager
+    def snapshot(self) -> Generator[list[str]]:
+        """Read in the block what was committed before it; yields what was notified since the last one."""
+        self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        try:  # the first query takes the snapshot, so it has all that was notified until now
+            payloads, self._payloads = self._payloads, []
+            yield payloads
+        finally:
+            self._roll_back()
+
+    def notify(self, payload: str) -> None:
+        """Send a text to those who read, when the transaction commits."""
+        self.execute("SELECT pg_notify(?, ?)", self._channel, payload)
+
+    def may_take_over(self) -> bool:
+        """Return whether no process writes now, and this user may."""
+        if not self.query("SELECT has_schema_privilege(current_schema(), 'CREATE')")[0][0]:
+            return False
+        free = bool(self.query(f"SELECT pg_try_advisory_lock({_LOCK})")[0][0])
+        if free:
+            self.query(f"SELECT pg_advisory_unlock({_LOCK})")
+        return free
 
     def tables(self) -> set[str]:
         """Return the names of the schema's tables."""
@@ -175,9 +207,17 @@ class PostgresDatabase(NestedTransactions):
     def _refuse(self, what: str, fix: str) -> None:
         raise StoreError(f"the database {self._location} {what}", problem="refused", fix=fix)
 
+    def _check_privileges(self) -> None:
+        if not self.query("SELECT has_schema_privilege(current_schema(), 'CREATE')")[0][0]:
+            raise StoreError(
+                f"this user may only read the database {self._location}",
+                problem="read only",
+                fix="grant its role what docs/scale.md lists, or give the URL of another user",
+            )
+
     def _acquire_lock(self) -> None:
         try:
-            self._connection.execute(_TAKE_LOCK)
+            self._connection.execute(f"SELECT pg_advisory_lock({_LOCK})".encode())
         except psycopg.errors.LockNotAvailable as error:
             raise StoreError(
                 f"the database {self._location} is open in another process",

@@ -253,6 +253,8 @@ def _set_hidden(store: Store, public_id: str, hidden: float | None) -> bool:
                 each.hidden = hidden
                 records.touch(each)
                 changes.experiments.add(each.experiment if isinstance(each, RunRecord) else each.id)
+                if isinstance(each, RunRecord):
+                    changes.runs.add(each.id)
     return any(each is not None for each in found)
 
 

@@ -439,6 +439,16 @@ class Records:
             )
             self._changed_progress.clear()
 
+    def evict(self, experiments: Iterable[int], runs: Iterable[int]) -> None:
+        """Read records again, because another process has changed them."""
+        for experiment in experiments:
+            self._experiments.pop(experiment, None)
+            self.count_change(experiment)
+        for run in runs:
+            known = self._runs.pop(run, None)
+            if known is not None:
+                self.count_change(known.experiment)
+
     def limit_memory(self) -> None:
         """Drop the records from memory if there are many; not while one of them is in use."""
         if len(self._runs) > _MAX_CACHED_RUNS or len(self._ids) > _MAX_CACHED_NAMES:

@@ -57,6 +57,22 @@ def migrate(database: Database, tables: Sequence[str] = ()) -> str:
         return str(database.query("SELECT value FROM meta WHERE key = 'id'")[0][0])
 
 
+def check(database: Database) -> str:
+    """Return the database's id, without changing anything.
+
+    Raises:
+        StoreError: It does not have this version's layout.
+    """
+    version = _version_of(database)
+    if version != VERSION:
+        raise StoreError(
+            "the database was not created yet, or an older version of evsys-bus has done so",
+            problem="read only",
+            fix="start a dashboard of this version that may write to it",
+        )
+    return str(database.query("SELECT value FROM meta WHERE key = 'id'")[0][0])
+
+
 def _version_of(database: Database) -> int | None:
     """Return the version of the layout, None for a new database."""
     names = database.tables()

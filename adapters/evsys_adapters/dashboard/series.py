@@ -137,9 +137,17 @@ class SeriesStore:
         checkpoint_points: A checkpoint begins when the log has more points than this, or than 100 for each open chunk
             up to ten times this.
         max_idle_series: With more series in memory than this, those of idle runs leave it at the end of a checkpoint.
+        is_reader: Whether another process makes the changes, which `follow` reads.
     """
 
-    def __init__(self, database: Database, *, checkpoint_points: int = 400_000, max_idle_series: int = 50_000) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        checkpoint_points: int = 400_000,
+        max_idle_series: int = 50_000,
+        is_reader: bool = False,
+    ) -> None:
         self._database: Final = database
         self._max_idle_series: Final = max_idle_series
         self._checkpoint_points: Final = checkpoint_points
@@ -157,10 +165,25 @@ class SeriesStore:
         self._written_tails: dict[int, tuple[Series, int]] = {}  # in memory although the database has them
         self._idle_tails: dict[int, tuple[Series, int]] = {}  # those that had been written before the last checkpoint
         self._due: set[int] = set()  # row ids of chunks to write in this transaction
-        self._log_id: int = 0
+        self._is_reader: Final = is_reader
+        self._generation, self._log_id = self._read_generation()
         self._log_points = 0
         self._checkpoint: tuple[list[int], int, int] | None = None  # rows to write; last log id, points of the log then
-        self._replay()
+        if is_reader:
+            self._replay_log(self._database.query("SELECT id, body FROM log ORDER BY id"))
+        else:
+            self._replay()
+
+    def follow(self) -> bool:
+        """Apply what the writer has logged since the last call, inside a snapshot.
+
+        Returns:
+            Whether that was enough. If not, chunks of this object may be gone in the database: read it anew.
+        """
+        if self._read_generation()[0] != self._generation:
+            return False
+        self._replay_log(self._database.query("SELECT id, body FROM log WHERE id > ? ORDER BY id", self._log_id))
+        return True
 
     def add_row(self, run: int, rank: int, step: int, time: float | None, values: Mapping[str, float]) -> int:
         """Add the values of one step, which replace those that it has, and return how many were added.
@@ -315,10 +338,14 @@ class SeriesStore:
 
     def _lanes_of(self, run: int) -> dict[int, _Lane]:
         lanes = self._lanes.get(run)
-        if lanes is None:
-            lanes = self._lanes[run] = {}
-            rows = self._database.query("SELECT id, rank, name, scale, summary FROM series WHERE run = ?", run)
-            for series_id, rank, name, scale, summary in rows:
+        return self._read_lanes(run) if lanes is None else lanes
+
+    def _read_lanes(self, run: int) -> dict[int, _Lane]:
+        """Add the series of a run that are not in memory yet."""
+        lanes = self._lanes.setdefault(run, {})
+        rows = self._database.query("SELECT id, rank, name, scale, summary FROM series WHERE run = ?", run)
+        for series_id, rank, name, scale, summary in rows:
+            if series_id not in self._by_id:
                 series = self._by_id[series_id] = Series(series_id, run, rank, name, scale=scale, summary=summary)
                 lanes.setdefault(rank, _Lane()).series[name] = series
         return lanes
@@ -348,7 +375,7 @@ class SeriesStore:
     def _find(self, series_id: int) -> Series | None:
         if series_id not in self._by_id:
             for (run,) in self._database.query("SELECT run FROM series WHERE id = ?", series_id):
-                self._lanes_of(run)
+                self._read_lanes(run)
         return self._by_id.get(series_id)
 
     def _info(self, series: Series) -> SeriesInfo:
@@ -458,11 +485,13 @@ class SeriesStore:
             self._unwritten.pop(series.row_id(number), None)
             self._due.discard(series.row_id(number))
         stored = bool(series.heads(self._database))
-        if stored:
+        if stored and not self._is_reader:
+            self._next_generation()
             for table in ("raw", "rollup"):
                 self._database.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", *series.row_ids)  # noqa: S608 # one of two
         series.clear(scale)
-        self._database.execute("UPDATE series SET scale = ? WHERE id = ?", scale, series.id)
+        if not self._is_reader:
+            self._database.execute("UPDATE series SET scale = ? WHERE id = ?", scale, series.id)
         self._put(series, compact(steps), values)
         if stored:  # the log may lack its points
             self._due.update(map(series.row_id, series.chunks))
@@ -500,22 +529,40 @@ class SeriesStore:
     def _replay(self) -> None:
         """Apply the log, without logging again."""
         with self._database.transaction():
-            rows = self._database.query("SELECT id, body FROM log ORDER BY id")
-            with reported_damage():
-                logged = [(ids, change) for _, body in rows for ids, *change in _decode(body)]
-                self._load_heads({series_id for ids, _ in logged for series_id in ids})
-                for ids, change in logged:
-                    self._replay_change(ids, change)
-            self._log_id = rows[-1][0] if rows else 0
-            self._apply()
-            self._pending, self._applied = [], 0
+            self._replay_log(self._database.query("SELECT id, body FROM log ORDER BY id"))
             self._write(self._due)
             self._due = set()
         self._changes = Changes()
 
+    def _replay_log(self, rows: Sequence[Row]) -> None:
+        with reported_damage():
+            logged = [(ids, change) for _, body in rows for ids, *change in _decode(body)]
+            self._load_heads({series_id for ids, _ in logged for series_id in ids})
+            for ids, change in logged:
+                self._replay_change(ids, change)
+        self._apply()
+        self._pending, self._applied = [], 0
+        if rows:
+            self._log_id = rows[-1][0]
+
+    def _read_generation(self) -> tuple[int, int]:
+        """Return how often chunks were removed, and the last id of the log then, after which its next ones come."""
+        rows = self._database.query("SELECT value FROM meta WHERE key = 'generation'")
+        generation, log_id = map(int, rows[0][0].split()) if rows else (0, 0)
+        return generation, log_id
+
+    def _next_generation(self) -> None:
+        """Note that those who follow must read anew."""
+        self._generation += 1
+        self._database.execute(
+            "INSERT INTO meta (key, value) VALUES ('generation', ?) ON CONFLICT (key)"
+            " DO UPDATE SET value = excluded.value",
+            f"{self._generation} {self._log_id}",
+        )
+
     def _load_heads(self, ids: set[int]) -> None:
         """Read the heads of many series, with few statements: each waits for a server."""
-        ordered = sorted(ids)
+        ordered = sorted(ids - self._by_id.keys())
         for start in range(0, len(ordered), _LOADED_SERIES):
             part = ordered[start : start + _LOADED_SERIES]
             found: dict[int, list[Row]] = {series_id: [] for series_id in part}
@@ -594,6 +641,7 @@ class SeriesStore:
     def _end_checkpoint(self, log_id: int, points: int) -> None:
         self._checkpoint = None
         self._database.execute("DELETE FROM log WHERE id <= ?", log_id)
+        self._next_generation()
         self._log_points -= points
         busy = {series.id for series, _ in self._unwritten.values()}
         for row_id, (series, _) in self._idle_tails.items():

@@ -8,7 +8,7 @@ a new one with all that was acknowledged.
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
@@ -57,11 +57,15 @@ class _Head(msgspec.Struct):
 
 _MAX_SEQUENCE: Final = (1 << 63) - 1
 """The largest integer of a column."""
+_MAX_NOTIFIED_BYTES: Final = 7_900
 _decode_head: Final = msgspec.msgpack.Decoder(_Head).decode
 
 
 class Store:
     """The database of a dashboard. It belongs to one process at a time, which closes it."""
+
+    is_writer: ClassVar[bool] = True
+    """False if another process writes; then reads belong into `reading`."""
 
     def __init__(
         self,
@@ -74,8 +78,8 @@ class Store:
         self.id: Final = store_id
         """A UUID of this database."""
         self.database: Final = database
-        self.series: Final = SeriesStore(database, checkpoint_points=checkpoint_points)
-        self.catalogue: Final = catalogue(database, self.series)
+        self.series = self._open_series(database, checkpoint_points)
+        self.catalogue = catalogue(database, self.series)
         self._factory: Final = catalogue
         self._checkpoint_points: Final = checkpoint_points
         self._timeout_seconds: Final = timeout_seconds
@@ -83,6 +87,9 @@ class Store:
         self._changes: Changes | None = None
         self._failed = False
         self._closed = False
+
+    def _open_series(self, database: Database, checkpoint_points: int) -> SeriesStore:
+        return SeriesStore(database, checkpoint_points=checkpoint_points)
 
     @classmethod
     def open(
@@ -129,6 +136,23 @@ class Store:
             timeout_seconds=self._timeout_seconds,
         )
 
+    def abandon(self) -> None:
+        """Close the database without a checkpoint; the log has what is in memory."""
+        self._close_database()
+
+    def may_take_over(self) -> bool:
+        """Return whether another process was the writer, and is no more."""
+        return False
+
+    def take_followed(self) -> Changes:
+        """Return what another process has changed since the last call: nothing, if this one is the writer."""
+        return Changes()
+
+    @contextmanager
+    def reading(self) -> Generator[None]:
+        """Read in the block one state of the database."""
+        yield
+
     @contextmanager
     def transaction(self) -> Generator[Changes]:
         """Commit what the block does at once, together with the points that it added.
@@ -155,6 +179,8 @@ class Store:
                 self._check_usable()  # the block may have caught the error of a part of it
                 self._flush()
                 changes.update(self.series.take_changes())
+                if changes.runs or changes.experiments or changes.series:
+                    self.database.notify(changed_ids(changes))
             completed = True
         finally:
             self._changes = None
@@ -263,6 +289,12 @@ class Store:
         if not self._closed:
             self._closed = True
             self.database.close()
+
+
+def changed_ids(changes: Changes) -> str:
+    """Return which runs and experiments have changed, for `Database.notify`; nothing if there are too many."""
+    text = msgspec.json.encode([sorted(changes.experiments), sorted(changes.runs)]).decode()
+    return text if len(text) <= _MAX_NOTIFIED_BYTES else ""
 
 
 def _open_database(location: str | Path, timeout_seconds: float) -> Database:

@@ -150,7 +150,7 @@ class DashboardApp:
             tasks.start_soon(self.hub.run)
             tasks.start_soon(self._imports.run)
             tasks.start_soon(self._start_missing)
-            tasks.start_soon(self._store.take_over)
+            tasks.start_soon(self._store.follow, self._publish)
             tasks.start_soon(partial(remove_old, self._store, self._keep_days, first_seconds=self._retention_seconds))
             yield
             tasks.cancel_scope.cancel()

@@ -44,6 +44,8 @@ async def remove_old(store: StoreThread, keep_days: float | None, *, first_secon
 
 
 def _remove(store: Store, keep_days: float | None, now: float) -> dict[str, int]:
+    if not store.is_writer:
+        return {}
     moved = None if keep_days is None else journals.expire(store, keep_days, now)
     purged = journals.purge(store, now, TRASH_DAYS)
     return {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from evsys_adapters.dashboard.database import StoreError, is_url
+from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
@@ -24,13 +25,22 @@ P = ParamSpec("P")
 
 _LOCK_SECONDS: Final = 1.0
 """How long a call waits for another program that has locked the database, and all other calls with it."""
+_FOLLOW_SECONDS: Final = 0.2
+"""Between two looks at what another server has written."""
 _REOPEN_SECONDS: Final = 1.0
 """How long all calls fail at once after the store could not be opened."""
 
 
 def open_store(location: str | Path) -> Store:
-    """Open the store of a server. Raises StoreError."""
-    return Store.open(location, timeout_seconds=_LOCK_SECONDS)
+    """Open the store of a server; only for reading if another one writes to it in PostgreSQL. Raises StoreError."""
+    try:
+        return Store.open(location, timeout_seconds=_LOCK_SECONDS)
+    except StoreError as error:
+        if error.problem not in {"locked", "read only"} or not is_url(str(location)):
+            raise
+    from evsys_adapters.dashboard.store_reader import StoreReader
+
+    return StoreReader.open(location, timeout_seconds=_LOCK_SECONDS)
 
 
 class StoreThread:
@@ -50,16 +60,9 @@ class StoreThread:
         """Until when calls fail at once, why, and the fix; after that the store is opened again."""
 
     def open(self) -> None:
-        """Open the store; but while another server writes to PostgreSQL, wait for its end in `take_over`.
-
-        Raises:
-            StoreError: It cannot be opened.
-        """
+        """Open the store. Raises StoreError."""
         error = self._executor.submit(self._open).exception()
-        if isinstance(error, StoreError) and error.problem == "locked" and is_url(str(self._location)):
-            self._failure = (0.0, error.what, error.fix)
-            log().info("dashboard.standby", database=str(self._location))
-        elif error is not None:
+        if error is not None:
             self._executor.shutdown()
             raise error
         self._executor.submit(_import_numpy)
@@ -71,15 +74,21 @@ class StoreThread:
         finally:
             self._executor.shutdown()
 
-    async def take_over(self) -> None:
-        """Open the store again while it cannot be used, until cancelled.
+    async def follow(self, publish: Callable[[Changes], None]) -> None:
+        """Publish what another server writes, and take over when it has ended, until cancelled.
 
-        So a server that waits for another one replaces it, and one without connection is back, before the next call.
+        A store that cannot be used is opened again, so that it is back before the next call.
         """
+        checked = time.monotonic()
         while True:
-            await asyncio.sleep(_REOPEN_SECONDS)
-            if self._failure is not None:
-                await asyncio.get_running_loop().run_in_executor(self._executor, self._open_again)
+            await asyncio.sleep(_FOLLOW_SECONDS)
+            loop = asyncio.get_running_loop()
+            changes = await loop.run_in_executor(self._executor, self._take_followed)
+            if changes is not None and (changes.series or changes.runs or changes.experiments):
+                publish(changes)
+            if time.monotonic() - checked >= _REOPEN_SECONDS:
+                await loop.run_in_executor(self._executor, self._take_over)
+                checked = time.monotonic()
 
     async def call(self, work: Callable[Concatenate[Store, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(store, *args)``, run on the thread.
@@ -100,18 +109,33 @@ class StoreThread:
             if self._store is None or self._failure is not None:
                 self._open()
             assert self._store is not None
-            return work(self._store)
+            with self._store.reading():
+                return work(self._store)
         except (StoreError, sqlite3.Error) as error:
+            if isinstance(error, StoreError) and error.problem == "read only":
+                raise _unavailable(error.what, error.fix) from error
             if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
                 self._failure = (0.0, "", "")
             else:
                 raise self._fail(error) from error
         return self._run(work, is_repeated=True)  # an earlier call broke the store: nothing was done in this one
 
-    def _open_again(self) -> None:
-        if self._failure is None:
-            return
+    def _take_followed(self) -> Changes | None:
+        if self._failure is not None or self._store is None:
+            return None
         try:
+            with self._store.reading():
+                return self._store.take_followed()
+        except (StoreError, sqlite3.Error) as error:
+            self._fail(error)
+            return None
+
+    def _take_over(self) -> None:
+        """Open the store again if it cannot be used, or if it is to be the writer."""
+        is_failed = self._failure is not None
+        try:
+            if not is_failed and (self._store is None or not self._store.may_take_over()):
+                return
             self._open()
         except (StoreError, sqlite3.Error) as error:
             self._fail(error)
@@ -127,7 +151,12 @@ class StoreThread:
         return _unavailable(why, fix)
 
     def _open(self) -> None:
-        self._store = self._open_store(self._location) if self._store is None else self._store.reopen()
+        if self._store is None or is_url(str(self._location)):  # who writes may have changed
+            if self._store is not None:
+                self._store.abandon()
+            self._store = self._open_store(self._location)
+        else:
+            self._store = self._store.reopen()
         self._failure = None
 
     def _close(self) -> None:
