@@ -700,6 +700,9 @@ def test_removing_a_run_leaves_nothing_of_it(store, delivery):
     ctx = context()
     train(delivery, ctx, evals={1: 0.5})
     delivery.send(Alert(ctx, "t"), BenchmarkEval(ctx, EvalResult("gsm"), [{"output": "x" * 1_000}]))
+    for folder in ("/runs/lr/a-s0", "/runs/lr"):
+        status = {"journal": f"{folder}/journal", "adapter": "csv_metrics", "status": {}}
+        Delivery(store, f"c0-{folder}").send(UnknownEvent("run.delivery_changed", status))
     run = only_run(store)
     with store.transaction():
         store.catalogue.remove_experiment(run_of(store).experiment)

@@ -171,12 +171,14 @@ class Catalogue:
         """Return what couriers have reported last about the journals of an experiment and of its runs."""
         record = self.records.experiment(experiment)
         folders = [] if record is None else [record.path, *(run.path for run in self.records.runs(experiment))]
-        journals = [f"{folder.rstrip('/')}/{JOURNAL}" for folder in folders if folder]
-        return self.details.statuses(list(dict.fromkeys(journals)))
+        return self.details.statuses(list(dict.fromkeys([_journal_in(folder) for folder in folders if folder])))
 
     def remove_runs(self, runs: Iterable[int]) -> None:
         """Remove runs with all they have; inside a transaction."""
         for run in runs:
+            record = self.records.run(run)
+            if record is not None and record.path:
+                self.details.remove_statuses(_journal_in(record.path))
             self._series.remove(run)
             self.hosted.remove_run(run)
             self.evals.remove_run(run)
@@ -187,6 +189,9 @@ class Catalogue:
     def remove_experiment(self, experiment: int) -> None:
         """Remove an experiment with its runs; inside a transaction."""
         self.remove_runs(self.records.run_ids(experiment))
+        record = self.records.experiment(experiment)
+        if record is not None and record.path:
+            self.details.remove_statuses(_journal_in(record.path))
         self.details.remove_events(-experiment)
         self.hosted.remove_experiment(experiment)
         self.records.remove("experiment", [experiment])
@@ -579,6 +584,10 @@ class Catalogue:
             self._series.add_row(run.id, 0, step, time, values)
         self._add_progress(run, 0, time, step)
         return result
+
+
+def _journal_in(folder: str) -> str:
+    return f"{folder.rstrip('/')}/{JOURNAL}"
 
 
 def _without_handles(parts: Mapping[str, Any]) -> dict[str, Any]:

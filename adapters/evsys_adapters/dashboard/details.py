@@ -202,6 +202,10 @@ class Details:
             *(journal, kind, name, time, json_text(body)),
         )
 
+    def remove_statuses(self, journal: str) -> None:
+        """Remove what is known about a journal."""
+        self._database.execute("DELETE FROM journal_status WHERE journal = ?", journal)
+
     def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
         """Return what is known about these journals, by kind and name."""
         found: list[JournalStatus] = []
