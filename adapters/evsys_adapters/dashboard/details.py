@@ -11,6 +11,7 @@ import msgspec
 
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.values import json_text
+from evsys_bus.reading import JOURNAL
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS checkpoint (
@@ -202,9 +203,10 @@ class Details:
             *(journal, kind, name, time, json_text(body)),
         )
 
-    def remove_statuses(self, journal: str) -> None:
-        """Remove what is known about a journal."""
-        self._database.execute("DELETE FROM journal_status WHERE journal = ?", journal)
+    def remove_statuses(self, folder: str | None) -> None:
+        """Remove what is known about the journal in a folder; nothing for None."""
+        if folder:
+            self._database.execute("DELETE FROM journal_status WHERE journal = ?", journal_in(folder))
 
     def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
         """Return what is known about these journals, by kind and name."""
@@ -276,6 +278,11 @@ class Details:
             known = int(self._database.query(f"SELECT COALESCE(MAX(id), 0) FROM {table}")[0][0])  # noqa: S608 # our own names
         self._next_ids[table] = known + 1
         return known + 1
+
+
+def journal_in(folder: str) -> str:
+    """Return the journal of the run or the experiment in a folder."""
+    return f"{folder.rstrip('/')}/{JOURNAL}"
 
 
 def _fields(body: str) -> dict[str, Any]:
