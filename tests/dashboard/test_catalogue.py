@@ -514,6 +514,11 @@ class TestRunFacts:
         urls = [run.extras["url"] for each in experiments for run in store.catalogue.records.runs(each.id)]
         assert urls == [START + 10, START + 1_010]
 
+    def test_a_row_of_a_step_that_no_chart_can_have_is_counted_and_is_no_progress(self, store, delivery):
+        state = state_of(context())
+        result = delivery.send(*(StepEnd(state, step, metrics={"loss": 1.0}) for step in (2, 1 << 53)))
+        assert (result.points, store.catalogue.unreadable_events, run_of(store).step) == (1, 1, 2)
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(

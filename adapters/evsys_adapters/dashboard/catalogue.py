@@ -206,8 +206,9 @@ class Catalogue:
         if limit is not None and step >= limit:
             return 0
         numbers, texts = self._split(event.metrics)
-        if numbers:
-            self._series.add_row(run.id, envelope.rank, step, envelope.time, numbers)
+        if numbers and not self._series.add_row(run.id, envelope.rank, step, envelope.time, numbers):
+            self.unreadable_events += 1
+            return 0
         self._add_progress(run, envelope.rank, envelope.time, step)
         for name, text in texts.items():
             self.details.set_text(run.id, name, step, text)
