@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
+from evsys_adapters.dashboard.series import EPOCH
 from evsys_adapters.dashboard.values import json_text
 from evsys_bus.reading import JOURNAL
 
@@ -186,8 +187,8 @@ class Details:
     def cut_texts(self, run: int, step: int) -> None:
         """Remove the last texts of a run from a step on; those of its epochs only if the run starts anew."""
         self.flush()
-        those_of_steps = "" if step <= 0 else " AND name NOT LIKE 'epoch/%'"
-        self._database.execute(f"DELETE FROM last_text WHERE run = ? AND step >= ?{those_of_steps}", run, step)  # noqa: S608 # no input
+        kept = "" if step <= 0 else f"{EPOCH}%"
+        self._database.execute("DELETE FROM last_text WHERE run = ? AND step >= ? AND name NOT LIKE ?", run, step, kept)
 
     def texts(self, run: int) -> dict[str, tuple[int, str]]:
         """Return the last text of each name of a row that is no number, with its step."""
