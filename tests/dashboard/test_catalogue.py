@@ -526,7 +526,7 @@ class TestRunFacts:
             StepEnd(state, 1, metrics=None),
             Checkpoint(state, None),
             Eval(state, None, "val", "no mapping"),
-            *(EpochEnd(state, epoch, {"note": "text"}) for epoch in (1 << 63, [1], None, "first")),
+            *(EpochEnd(state, epoch, {f"note {epoch}": "text"}) for epoch in (1 << 63, [1], None, "first")),
             RunEnd(None, None, None),
             BenchmarkEval(None, None, None),
             StepEnd(state, 2, metrics={"loss": 2.0}),
