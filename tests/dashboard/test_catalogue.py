@@ -539,6 +539,11 @@ class TestRunFacts:
             assert url == path
             assert [each["fields"] for each in pages] == [{"page": path}]
 
+    def test_a_row_of_a_step_that_no_chart_can_have_is_counted_and_is_no_progress(self, store, delivery):
+        state = state_of(context())
+        result = delivery.send(*(StepEnd(state, step, metrics={"loss": 1.0}) for step in (2, 1 << 53)))
+        assert (result.points, store.catalogue.unreadable_events, run_of(store).step) == (1, 1, 2)
+
     def test_odd_fields_are_counted_and_do_not_stop_the_batch(self, store, delivery):
         state = state_of(context())
         delivery.send(
@@ -546,7 +551,7 @@ class TestRunFacts:
             StepEnd(state, 1, metrics=None),
             Checkpoint(state, None),
             Eval(state, None, "val", "no mapping"),
-            *(EpochEnd(state, epoch, {"note": "text"}) for epoch in (1 << 63, [1], None, "first")),
+            *(EpochEnd(state, epoch, {f"note {epoch}": "text"}) for epoch in (1 << 63, [1], None, "first")),
             RunEnd(None, None, None),
             BenchmarkEval(None, None, None),
             StepEnd(state, 2, metrics={"loss": 2.0}),
@@ -725,6 +730,9 @@ def test_removing_a_run_leaves_nothing_of_it(store, delivery):
     ctx = context()
     train(delivery, ctx, evals={1: 0.5})
     delivery.send(Alert(ctx, "t"), BenchmarkEval(ctx, EvalResult("gsm"), [{"output": "x" * 1_000}]))
+    for folder in ("/runs/lr/a-s0", "/runs/lr"):
+        status = {"journal": f"{folder}/journal", "adapter": "csv_metrics", "status": {}}
+        Delivery(store, f"c0-{folder}").send(UnknownEvent("run.delivery_changed", status))
     run = only_run(store)
     with store.transaction():
         store.catalogue.remove_experiment(run_of(store).experiment)

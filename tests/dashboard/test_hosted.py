@@ -308,6 +308,7 @@ class TestErrors:
             ("log_metrics", {"step": 0, "metrics": {}}, "needs run_id"),
             ("log_metrics", {"run_id": "r", "step": "x", "metrics": {}}, "no whole number"),
             ("log_metrics", {"run_id": "r", "step": 0.5, "metrics": {}}, "no whole number"),
+            ("log_metrics", {"run_id": "r", "step": 1 << 53, "metrics": {"loss": 1.0}}, "more than 53 bits"),
             ("update_run", {"patch": {}}, "needs run_id"),
             ("create_group", {}, "needs name"),
         ],

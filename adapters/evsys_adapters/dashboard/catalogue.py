@@ -23,7 +23,7 @@ from evsys_adapters.common.logged_values import TRAIN, prefixed
 from evsys_adapters.dashboard import details, evals, hosted_records, records
 from evsys_adapters.dashboard.attempts import Attempts, end_run, end_training, is_earlier, is_replaced, reopen
 from evsys_adapters.dashboard.database import Database
-from evsys_adapters.dashboard.details import Details, JournalStatus
+from evsys_adapters.dashboard.details import Details, JournalStatus, journal_in
 from evsys_adapters.dashboard.evals import Evals
 from evsys_adapters.dashboard.experiment_events import end_experiment, start_experiment
 from evsys_adapters.dashboard.hosted_records import HostedRecords
@@ -42,7 +42,6 @@ from evsys_adapters.dashboard.values import (
 )
 from evsys_bus.context import LogContext, LoopState
 from evsys_bus.events import Envelope, Event, Metrics, StepEnd, UnknownEvent, event_tag
-from evsys_bus.reading import JOURNAL
 
 _MAX_NAMES: Final = 100_000
 _MAX_RANK: Final = 1 << 31
@@ -171,12 +170,13 @@ class Catalogue:
         """Return what couriers have reported last about the journals of an experiment and of its runs."""
         record = self.records.experiment(experiment)
         folders = [] if record is None else [record.path, *(run.path for run in self.records.runs(experiment))]
-        journals = [f"{folder.rstrip('/')}/{JOURNAL}" for folder in folders if folder]
-        return self.details.statuses(list(dict.fromkeys(journals)))
+        return self.details.statuses(list(dict.fromkeys([journal_in(folder) for folder in folders if folder])))
 
     def remove_runs(self, runs: Iterable[int]) -> None:
         """Remove runs with all they have; inside a transaction."""
         for run in runs:
+            record = self.records.run(run)
+            self.details.remove_statuses(record and record.path)
             self._series.remove(run)
             self.hosted.remove_run(run)
             self.evals.remove_run(run)
@@ -187,6 +187,8 @@ class Catalogue:
     def remove_experiment(self, experiment: int) -> None:
         """Remove an experiment with its runs; inside a transaction."""
         self.remove_runs(self.records.run_ids(experiment))
+        record = self.records.experiment(experiment)
+        self.details.remove_statuses(record and record.path)
         self.details.remove_events(-experiment)
         self.hosted.remove_experiment(experiment)
         self.records.remove("experiment", [experiment])
@@ -208,8 +210,9 @@ class Catalogue:
         if limit is not None and step >= limit:
             return 0
         numbers, texts = self._split(event.metrics)
-        if numbers:
-            self._series.add_row(run.id, envelope.rank, step, envelope.time, numbers)
+        if numbers and not self._series.add_row(run.id, envelope.rank, step, envelope.time, numbers):
+            self.unreadable_events += 1
+            return 0
         self._add_progress(run, envelope.rank, envelope.time, step)
         for name, text in texts.items():
             self.details.set_text(run.id, name, step, text)

@@ -10,7 +10,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
+from evsys_adapters.dashboard.series import EPOCH
 from evsys_adapters.dashboard.values import json_text
+from evsys_bus.reading import JOURNAL
 
 TABLES: Final = [
     """CREATE TABLE IF NOT EXISTS checkpoint (
@@ -185,8 +187,8 @@ class Details:
     def cut_texts(self, run: int, step: int) -> None:
         """Remove the last texts of a run from a step on; those of its epochs only if the run starts anew."""
         self.flush()
-        those_of_steps = "" if step <= 0 else " AND name NOT LIKE 'epoch/%'"
-        self._database.execute(f"DELETE FROM last_text WHERE run = ? AND step >= ?{those_of_steps}", run, step)  # noqa: S608 # no input
+        kept = "" if step <= 0 else f"{EPOCH}%"
+        self._database.execute("DELETE FROM last_text WHERE run = ? AND step >= ? AND name NOT LIKE ?", run, step, kept)
 
     def texts(self, run: int) -> dict[str, tuple[int, str]]:
         """Return the last text of each name of a row that is no number, with its step."""
@@ -205,6 +207,11 @@ class Details:
     def journals(self) -> list[str]:
         """Return the journals about which couriers have reported."""
         return [str(name) for (name,) in self._database.query("SELECT DISTINCT journal FROM journal_status")]
+
+    def remove_statuses(self, folder: str | None) -> None:
+        """Remove what is known about the journal in a folder; nothing for None."""
+        if folder:
+            self._database.execute("DELETE FROM journal_status WHERE journal = ?", journal_in(folder))
 
     def statuses(self, journals: Sequence[str]) -> list[JournalStatus]:
         """Return what is known about these journals, by kind and name."""
@@ -276,6 +283,11 @@ class Details:
             known = int(self._database.query(f"SELECT COALESCE(MAX(id), 0) FROM {table}")[0][0])  # noqa: S608 # our own names
         self._next_ids[table] = known + 1
         return known + 1
+
+
+def journal_in(folder: str) -> str:
+    """Return the journal of the run or the experiment in a folder."""
+    return f"{folder.rstrip('/')}/{JOURNAL}"
 
 
 def _fields(body: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.series import MAX_STEP, Changes
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import UNREADABLE, clean
 from evsys_bus.context import to_int
@@ -179,12 +179,14 @@ def _valid_unicode(args: Mapping[str, Any]) -> Args:
 def _read_step(op: str, args: Args) -> None:
     """Make an int of the step, which may be a whole float or the text of a number."""
     step = args.get("step")
-    if step is None or type(step) is int:
+    if step is None:
         return
     try:
-        args["step"] = int(step) if isinstance(step, str) else to_int(step)
+        args["step"] = step if type(step) is int else int(step) if isinstance(step, str) else to_int(step)
     except (TypeError, ValueError) as error:
         raise HostedError(400, f"the step of {op} is {step!r:.60}, which is no whole number") from error
+    if abs(args["step"]) >= MAX_STEP:
+        raise HostedError(400, f"the step of {op} is {step!r:.60}, which has more than 53 bits")
 
 
 def _write(store: Store, op: str, args: Args, changes: Changes | None, now: float) -> Any:

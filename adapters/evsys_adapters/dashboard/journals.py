@@ -30,7 +30,7 @@ MAX_BYTES: Final = 4 << 20
 _FAMILIES: Final[tuple[Family, ...]] = ("r", "s", "c")
 """Trainings first: samples and annotations belong to their runs."""
 _DAY_SECONDS: Final = 86_400.0
-_READ_ATTEMPTS: Final = 6
+_READ_ATTEMPTS: Final = 8
 """How often a segment that cannot be read is tried: too many files may be open, or a network share be away."""
 _READ_PAUSE_SECONDS: Final = 0.05
 """Before the second one; each further one comes after twice as long."""
