@@ -2,6 +2,7 @@
 import { useMemo } from "preact/hooks";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
+import { type Content, Contents } from "./contents";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, duration, number, setting, shortened, stepsDone } from "./format";
@@ -39,6 +40,7 @@ interface RunAnswer extends RunHead, JournalRows, Answer {
   alerts: Omit<Alert, "run">[];
   texts: { name: string; step: number; text: string }[];
   contents: { name: string; kind: string; step: number | null; time: number; path: string | null; size: number | null; caption: string | null }[];
+  shown_contents: Content[];
   events: Record<string, number>;
 }
 
@@ -56,7 +58,12 @@ export function RunPage({ id }: PageProps) {
         <Evals run={run} />
         <Checkpoints run={run} />
         <Texts run={run} />
-        <Contents run={run} />
+        {run.shown_contents.length > 0 && (
+          <Section title={`media, tables, histograms and texts (${count(run.shown_contents.length)})`} isOpen>
+            <Contents run={run.id} contents={run.shown_contents} />
+          </Section>
+        )}
+        <Files run={run} />
         <Values title="config" values={run.config} isOpen />
         <Values title="summary" values={run.summary} isOpen />
         <Values title="facts from adapters" values={run.extras} />
@@ -208,7 +215,7 @@ function Checkpoints({ run }: { run: RunAnswer }) {
 function Texts({ run }: { run: RunAnswer }) {
   if (!run.texts.length) return null;
   return (
-    <Section title={`texts (${count(run.texts.length)})`} isOpen>
+    <Section title={`texts of steps (${count(run.texts.length)})`} isOpen>
       {run.texts.slice(0, 30).map(({ name, step, text }) => (
         <details class="text" key={name}>
           <summary>
@@ -222,10 +229,10 @@ function Texts({ run }: { run: RunAnswer }) {
   );
 }
 
-function Contents({ run }: { run: RunAnswer }) {
+function Files({ run }: { run: RunAnswer }) {
   if (!run.contents.length) return null;
   return (
-    <Section title={`files and media (${count(run.contents.length)})`}>
+    <Section title={`files (${count(run.contents.length)})`}>
       <Scroll label="files and media">
         <table class="plain">
           <tbody>

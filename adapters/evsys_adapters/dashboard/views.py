@@ -10,6 +10,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard.contents import latest_contents
 from evsys_adapters.dashboard.details import JournalStatus
 from evsys_adapters.dashboard.evals import EvalRow
 from evsys_adapters.dashboard.pages import Direction, Json, direction_of
@@ -268,6 +269,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             {key: each.get(key) for key in ("name", "kind", "step", "time", "path", "size", "caption", "media_type")}
             for each in contents[-_MAX_CONTENTS:]
         ],
+        "shown_contents": latest_contents(contents),
         "events": catalogue.details.event_counts(record.id),
         "journal": journal if statuses else None,
         **_journal_rows(statuses, recorded, now),
