@@ -70,7 +70,8 @@ def test_compared_runs_have_their_scores_after_training_first(store: Store, page
     first = found["metrics"][0]
     assert (first["name"], first["direction"]) == (SCORE, "max")
     assert first["last"] == [pytest.approx(solved(arm, 0)) for arm in ("baseline", WINNER)]
-    names = [each["name"] for each in found["metrics"]]
+    names = [each["name"] for each in views.compare(store, [*ids, run_of(page, *FAILED)])["metrics"]]
+    assert names.index("mbpp/accuracy") < names.index("train/grad_norm"), "also if a failed run has none"
     assert {"mbpp/accuracy", "val/accuracy", "train/loss"} < {*names}
 
 

@@ -11,7 +11,7 @@ import msgspec
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard.details import JournalStatus
 from evsys_adapters.dashboard.pages import Json
-from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, run_state
+from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, run_seconds, run_state
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.reading import JOURNAL
 from evsys_bus.tasks import DeliveryStatus

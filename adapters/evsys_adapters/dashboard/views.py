@@ -437,13 +437,13 @@ def _metric_row(name: str, infos: Sequence[SeriesInfo]) -> Json:
 
 
 def _compared_order(row: Json, deciding: Collection[str]) -> tuple[object, ...]:
-    """Order metrics: those that decide first, then those that all runs have, constants last."""
+    """Order metrics: those that decide first, then scores, then those that all runs have, constants last."""
     name, is_apart = row["name"], row["section"] in {"system", "epoch"}
     decides = name in deciding or name.removeprefix(_TRAIN) in deciding
     is_better_known = row["direction"] is not None
     return (
-        *(not decides, row["constant"] is not None, -row["runs"], is_apart),
-        *(not is_goal(name), not is_better_known, pages.natural_order(name)),
+        *(not decides, row["constant"] is not None, is_apart, not is_goal(name)),
+        *(-row["runs"], not is_better_known, pages.natural_order(name)),
     )
 
 
