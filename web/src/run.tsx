@@ -6,7 +6,7 @@ import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, duration, number, setting, shortened, stepsDone } from "./format";
 import { type PageProps, RunTitle } from "./further";
-import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Section, useTitle } from "./parts";
+import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Scroll, Section, useTitle, Verbatim } from "./parts";
 import type { Alert, Metric, RunHead } from "./types";
 
 interface EvalRow {
@@ -107,7 +107,7 @@ function Problems({ run }: { run: RunAnswer }) {
   if (!run.error && !run.alerts.length) return null;
   return (
     <section class="problems" aria-label="what is broken">
-      {run.error && <pre class="whole">{run.error}</pre>}
+      {run.error && <Verbatim class="whole" text={run.error} />}
       <Alerts alerts={run.alerts} most={MOST_ALERTS} />
     </section>
   );
@@ -129,7 +129,7 @@ function Evals({ run }: { run: RunAnswer }) {
   if (!run.evals.length) return null;
   return (
     <Section title={`evals (${count(run.eval_count)})`} isOpen>
-      <div class="scroll">
+      <Scroll label="evals">
         <table class="plain">
           <thead>
             <tr>
@@ -166,7 +166,7 @@ function Evals({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
       {run.eval_count > MOST_EVALS && <p class="muted">the latest {MOST_EVALS}; the curves above show all</p>}
     </Section>
   );
@@ -177,7 +177,7 @@ function Checkpoints({ run }: { run: RunAnswer }) {
   const latest = run.checkpoints.slice(-20).reverse();
   return (
     <Section title={`checkpoints (${count(run.checkpoints.length)})`} isOpen>
-      <div class="scroll">
+      <Scroll label="checkpoints">
         <table class="plain">
           <thead>
             <tr>
@@ -200,7 +200,7 @@ function Checkpoints({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
     </Section>
   );
 }
@@ -215,7 +215,7 @@ function Texts({ run }: { run: RunAnswer }) {
             <b class="name">{shortened(name, 120)}</b> <span class="muted">step {count(step)}</span>{" "}
             <span class="hint">{shortened(text.trim().split("\n")[0] ?? "", 160)}</span>
           </summary>
-          <pre>{text}</pre>
+          <Verbatim text={text} />
         </details>
       ))}
     </Section>
@@ -226,7 +226,7 @@ function Contents({ run }: { run: RunAnswer }) {
   if (!run.contents.length) return null;
   return (
     <Section title={`files and media (${count(run.contents.length)})`}>
-      <div class="scroll">
+      <Scroll label="files and media">
         <table class="plain">
           <tbody>
             {run.contents.slice(-60).reverse().map((item, i) => (
@@ -240,7 +240,7 @@ function Contents({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
     </Section>
   );
 }
