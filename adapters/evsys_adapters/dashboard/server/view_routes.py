@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from evsys_adapters.dashboard import contents, eval_views, run_events, views
+from evsys_adapters.dashboard import contents, delivery_views, eval_views, run_events, views
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response
 from evsys_adapters.dashboard.server.store_thread import StoreThread
@@ -168,7 +168,7 @@ class ViewRoutes:
         return await self._answer(request, lambda store: eval_views.paired(store, runs, name, pick, after))
 
     async def _health(self, request: Request) -> Response:
-        return await self._answer(request, views.health)
+        return await self._answer(request, delivery_views.health)
 
     async def _answer(self, request: Request, view: Callable[[Store], Any]) -> Response:
         frame = self._frame()
