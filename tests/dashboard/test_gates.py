@@ -60,8 +60,9 @@ def path_of(server: PageServer, page: str) -> str:
     return special.get(page, f"/e/{row['id']}/{page}")
 
 
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("width", [1280, 2560])
+@pytest.mark.parametrize(
+    ("page", "width"), [*((page, 1280) for page in PAGES), ("experiment", 2560), ("metrics", 2560)]
+)
 def test_the_first_view_of_each_page_is_small_and_comes_from_one_host(
     browser: Any, server: PageServer, page: str, width: int
 ) -> None:

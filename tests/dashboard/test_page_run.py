@@ -1,5 +1,7 @@
 """The pages of a run that was recorded with all that a run may log, in a browser."""
 
+import base64
+import hashlib
 import json
 import time
 import urllib.error
@@ -12,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 import evsys_bus
-from evsys_adapters.dashboard import run_events
+from evsys_adapters.dashboard import contents, run_events
 from evsys_adapters.dashboard.journals import import_journal
 from evsys_bus import build_callbacks
 from support.browser import Tab, chromium
@@ -20,6 +22,9 @@ from support.dashboard_pages import PageServer
 from support.dashboard_stores import open_store
 
 STEPS = 60
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 MARKUP = "<b>bold</b><img src=x onerror=alert(1)>"
 HAS_CHART = "document.querySelectorAll('.card canvas').length >= 1"
 
@@ -33,12 +38,14 @@ def browser() -> Iterator[Any]:
 def record(folder: Path) -> None:
     """Run a training that logs numbers, a text, histograms, tables, a page, a file and alerts."""
     callbacks = build_callbacks([{"kind": "local_logger", "params": {"print_every": 0}}])
+    (folder / "map.png").write_bytes(PICTURE)
     (folder / "weights.bin").write_bytes(b"w" * 5_000)
     with evsys_bus.run(folder / "runs" / "digits", callbacks=callbacks, config={"lr": 0.1}, output=False) as run:
         for step in run.steps(STEPS):
             run.log({"loss": 1 / (step + 1), "note": f"{MARKUP} {step}"}, step=step)
             if step % 10 == 0:
                 run.histogram("weights", [0.1 * step + k / 7 for k in range(30)], bins=6)
+                run.image("map", folder / "map.png", caption=f"a map {MARKUP}")
                 run.table("samples", [[f"{step} + 2", MARKUP]], columns=["question", "answer"])
         run.text("notes", "It learns.")
         run.html("report", f"<h1>{MARKUP}</h1>")
@@ -223,6 +230,50 @@ def test_events_appear_as_they_come_and_not_while_paused(tab: Tab, server: PageS
     assert tab.page.evaluate(steps()) == "1 0"
     tab.page.keyboard.press(".")
     tab.until(f"{steps()} == '2 1 0'")
+
+
+# -- what it logs beside numbers
+
+
+def test_the_page_of_a_run_shows_its_text_table_histogram_and_picture_and_no_markup(
+    tab: Tab, server: PageServer
+) -> None:
+    tab.open(f"{server.url}{run_path(server)}", "document.querySelectorAll('.content').length == 4")
+    assert tab.text(".content.text pre") == "It learns."
+    assert tab.text(".content.histogram figcaption") == "30 values from 5 to 9.143, at most 5 in a bin"
+    assert tab.text(".content.table tbody td:last-child") == MARKUP
+    tab.page.locator(".content.image").scroll_into_view_if_needed()
+    tab.until("document.querySelector('.content.image img')?.naturalWidth === 1")
+    assert tab.text(".content.image .hint") == f"a map {MARKUP}"
+    assert tab.page.evaluate("document.images.length") == 1
+    assert tab.page.evaluate("document.querySelectorAll('.content b').length") == 0
+    assert not tab.is_wider_than_the_screen()
+
+
+def test_a_picture_is_read_only_if_its_bytes_are_those_it_is_named_after(tmp_path: Path) -> None:
+    digest = hashlib.sha256(PICTURE).hexdigest()
+    (tmp_path / "media").mkdir()
+    own = tmp_path / "media" / f"{digest}.png"
+    own.write_bytes(PICTURE)
+    item = {"kind": "image", "name": "map", "path": f"media/{digest}.png", "file": str(own)}
+    assert contents.read_picture([item], digest) == ("image/png", PICTURE)
+    assert contents.read_picture([item], "0" * 64) is None
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PICTURE + b"secret")
+    assert contents.read_picture([item | {"file": str(secret)}], digest) is None
+    assert contents.read_picture([item | {"path": "../secret.png", "file": str(secret)}], digest) is None
+    own.write_bytes(b"<svg onload=alert(1)>")
+    page = hashlib.sha256(own.read_bytes()).hexdigest()
+    assert contents.read_picture([item | {"path": f"media/{page}.png"}], page) is None, "no picture"
+    own.unlink()
+    assert contents.read_picture([item], digest) is None
+
+
+def test_a_picture_that_is_not_there_is_a_clear_error(server: PageServer) -> None:
+    with pytest.raises(urllib.error.HTTPError) as failure:
+        server.request(f"/api{run_path(server).replace('/r/', '/runs/')}/media/{'0' * 64}")
+    with failure.value as answer:
+        assert answer.code == 404
 
 
 # -- alerts

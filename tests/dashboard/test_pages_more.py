@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from evsys_adapters.dashboard import eval_views, views
+from evsys_adapters.dashboard import delivery_views, eval_views, views
 from evsys_adapters.dashboard.store import Store
 from support.browser import Tab, chromium
 from support.dashboard_details import (
@@ -218,7 +218,7 @@ def test_a_delivery_that_fails_shows_its_error_and_the_fix_on_the_page_of_its_ru
 
 
 def test_health_has_the_journals_whose_delivery_fails_first(store: Store) -> None:
-    health = views.health(store)
+    health = delivery_views.health(store)
     assert [each["run"]["name"] for each in health["journals"]] == ["baseline-s0", "with hints-s0"]
     assert health["journals"][0]["experiment"]["name"] == QUIZ
     assert health["database"]["events"] > SWEEP_RUNS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.dashboard_recorded import BEST, FAILED, QUESTIONS, SEEDS, TASKS, WINNER, is_solved, questions, simple
-from evsys_adapters.dashboard import eval_views, pages, views
+from evsys_adapters.dashboard import delivery_views, eval_views, pages, views
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.adapter import DeliveryChanged
@@ -70,7 +70,8 @@ def test_compared_runs_have_their_scores_after_training_first(store: Store, page
     first = found["metrics"][0]
     assert (first["name"], first["direction"]) == (SCORE, "max")
     assert first["last"] == [pytest.approx(solved(arm, 0)) for arm in ("baseline", WINNER)]
-    names = [each["name"] for each in found["metrics"]]
+    names = [each["name"] for each in views.compare(store, [*ids, run_of(page, *FAILED)])["metrics"]]
+    assert names.index("mbpp/accuracy") < names.index("train/grad_norm"), "also if a failed run has none"
     assert {"mbpp/accuracy", "val/accuracy", "train/loss"} < {*names}
 
 
@@ -110,7 +111,7 @@ def test_metrics_with_numbers_in_their_names_are_in_the_order_of_the_numbers(tmp
 
 
 def test_hooks_and_deliveries_of_an_experiments_journal_are_those_of_its_runs(store: Store, page: Json) -> None:
-    [journal] = views.health(store)["journals"]
+    [journal] = delivery_views.health(store)["journals"]
     steps = sum(run["step"] + 1 for run in page["runs"])
     assert [hook["per_step"] for hook in journal["hooks"]] == [
         pytest.approx(hook["calls"] * hook["mean_seconds"] / steps) for hook in journal["hooks"]
@@ -131,7 +132,7 @@ def test_an_experiment_that_has_ended_has_a_receipt_of_its_journal(tmp_path: Pat
         journal = "/runs/done/journal"
         status = {"name": "wandb_logger", "recorded": 9, "delivered": 7, "pending": 2}
         Delivery(store, "c0-done").send(DeliveryChanged("wandb_logger", journal, status))
-        [found] = views.health(store)["journals"]
+        [found] = delivery_views.health(store)["journals"]
         assert (found["receipt"]["complete"], found["receipt"]["pending"]) == (False, 2)
         of_run = views.run(store, experiment["runs"][0]["id"])
         assert (of_run["journal"], of_run["receipt"]) == (journal, found["receipt"])

@@ -142,7 +142,7 @@ def fill(folder: Path) -> None:
             if fails(arm, seed):
                 growing.send(Alert(ctx, "gradient norm", "above 10 for 200 steps"))
                 growing.send(RunEnd(ctx, RunResult(status="failed", error=ERROR), ArmResult("")))  # pyright: ignore[reportArgumentType] # a test's text
-        _hostile(store)
+        fill_hostile(store)
         names = ["learning rate", "batch size", "warm-up", "dropout"]
         for i in range(2, EXPERIMENTS):
             name = names[i - 2] if i < len(names) + 2 else f"sweep {i}"
@@ -158,7 +158,7 @@ def fill(folder: Path) -> None:
                 older.send(ExperimentEnd(root, ExperimentResult(name, status, [], "high", 0.6, "")))
 
 
-def _hostile(store: Store) -> None:
+def fill_hostile(store: Store) -> None:
     """An experiment all of whose texts are markup, and long."""
     text = f"{HOSTILE} {'x' * 100_000} \u202e"
     root = _experiment(1, HOSTILE + "y" * 300, {text: {"lr": text}})

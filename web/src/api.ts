@@ -66,6 +66,11 @@ export async function getJson<T extends { now?: number }>(path: string, abort?: 
   return answer;
 }
 
+/** Something that only a request with the token gets, such as a picture. */
+export async function getBlob(path: string, abort: AbortSignal): Promise<Blob> {
+  return (await request(path, undefined, abort)).blob();
+}
+
 export interface Columns {
   header: any; // eslint-disable-line -- each reader knows the shape of its own
   data: Float64Array;

@@ -3,7 +3,7 @@ import { Fragment } from "preact";
 import { useState } from "preact/hooks";
 import { dashOf, hueOf } from "./colours";
 import { count, number, shortened, stepsDone, valueText, withDeviation } from "./format";
-import { Age, Link, StateWord } from "./parts";
+import { Age, Link, Scroll, StateWord } from "./parts";
 import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
 import { openArms, highlightedArm, toggled } from "./view";
 
@@ -19,7 +19,7 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
   const shown = isWhole ? arms : arms.slice(0, MOST_ARMS);
   const varying = [...new Set(experiment.runs.flatMap((run) => Object.keys(run.config ?? {})))].slice(0, 8);
   return (
-    <div class="scroll">
+    <Scroll label="arms">
       <table class="arms">
         <thead>
           <tr>
@@ -49,7 +49,7 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
           {count(arms.length - shown.length)} more arms
         </button>
       )}
-    </div>
+    </Scroll>
   );
 }
 
@@ -100,7 +100,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
         <span class="muted">
           {done} of {own.length} done
         </span>
-        {broken > 0 && arm.state !== "failed" && arm.state !== "stalled" && <span class="state failed">{broken} broken</span>}
+        {broken > 0 && arm.state !== "failed" && arm.state !== "stalled" && <StateWord state="failed">{broken} broken</StateWord>}
       </td>
       {experiment.headlines.map(({ name }, i) => {
         const value = arm.values[i];

@@ -43,7 +43,8 @@ export function Charts({ experiment, slots, isGrouped }: Props) {
   const found = order.flatMap((name) => byName.get(name) ?? []).filter((metric) => matches(metric.name));
   const drawn = found.filter((metric) => metric.constant === null);
   const constants = found.filter((metric) => metric.constant !== null);
-  const sections = isGrouped ? sectionsOf(drawn) : [["", drawn] as const];
+  const grouping = view.grouping.value;
+  const sections = (grouping === "auto" ? isGrouped : grouping === "yes") ? sectionsOf(drawn) : [["", drawn] as const];
   if (!experiment.metrics.length) return <p class="empty">No metric yet.</p>;
   return (
     <section class="charts">
@@ -51,7 +52,7 @@ export function Charts({ experiment, slots, isGrouped }: Props) {
       <Legend experiment={experiment} slots={slots} />
       {sections.map(([section, metrics]) => (
         <div key={section}>
-          {section && <h2>{section}</h2>}
+          <h2 class={section ? "" : "unseen"}>{section || "charts"}</h2>
           <div class="cards">
             {metrics.map((metric) => (
               <Card key={metric.name} metric={metric} experiment={experiment} slots={slots} />
@@ -112,6 +113,7 @@ function Toolbar({ found, of, error, hasArms }: { found: number; of: number; err
     ["lines", view.lines.value, "m", () => (view.lines.value = view.next(view.LINES, view.lines.value))],
     ["y", isLog ? "log" : "linear", "l", () => (view.logCharts.value = view.toggled(view.logCharts.value, "*"))],
     ["x", view.xAxis.value, "x", view.cycleX],
+    ["group", view.grouping.value, "g", () => (view.grouping.value = view.next(view.GROUPINGS, view.grouping.value))],
     ["smooth", view.smoothing.value, "s", () => (view.smoothing.value = view.next(view.SMOOTHINGS, view.smoothing.value))],
   ];
   return (
@@ -147,6 +149,8 @@ function Legend({ experiment, slots }: { experiment: Charted; slots: Map<string,
           onClick={() => (view.hiddenArms.value = view.toggled(hidden, name))}
           onMouseEnter={() => (view.highlightedArm.value = name)}
           onMouseLeave={() => (view.highlightedArm.value = null)}
+          onFocus={() => (view.highlightedArm.value = name)}
+          onBlur={() => (view.highlightedArm.value = null)}
         >
           <Swatch slot={slots.get(name) ?? 0} />
           <span class="text">{shortened(name, 60)}</span>
@@ -174,7 +178,8 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Chart
     return () => observer.unobserve(element);
   }, []);
   const isLog = view.logCharts.value.has("*") !== view.logCharts.value.has(metric.name);
-  const setActive = (isActive: boolean) => (view.activeChart.value = isActive ? metric.name : null);
+  const steps = useRef<() => [number, number] | null>(() => null);
+  const setActive = (isActive: boolean) => (view.activeChart.value = isActive ? { metric: metric.name, steps: () => steps.current() } : null);
   return (
     <article class="card" ref={card} tabIndex={0} aria-label={metric.name} onFocus={() => setActive(true)} onBlur={() => setActive(false)}>
       <h3 title={shortened(metric.name, 500)}>
@@ -182,7 +187,7 @@ function Card({ metric, experiment, slots }: { metric: Metric; experiment: Chart
         {isLog && <span class="mark">log</span>}
       </h3>
       {isIn ? (
-        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} setActive={setActive} />
+        <Curves metric={metric.name} experiment={experiment} slots={slots} isLog={isLog} setActive={setActive} steps={steps} />
       ) : (
         <div class="plot" />
       )}
@@ -196,9 +201,11 @@ interface CurvesProps {
   slots: Map<string, number>;
   isLog: boolean;
   setActive: (isActive: boolean) => void;
+  /** Is set to what returns the steps in view. */
+  steps: { current: () => [number, number] | null };
 }
 
-function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
+function Curves({ metric, experiment, slots, isLog, setActive, steps }: CurvesProps) {
   const host = useRef<HTMLDivElement>(null);
   const plot = useRef<Plot | null>(null);
   const [chart, error] = useChart(experiment, metric);
@@ -209,6 +216,7 @@ function Curves({ metric, experiment, slots, isLog, setActive }: CurvesProps) {
   const order = experiment.arms.map((arm) => arm.name);
 
   useLayoutEffect(() => {
+    steps.current = () => plot.current?.steps ?? null;
     plot.current = new Plot(host.current!, { zoomTo: (range) => (view.zoom.value = range), hover: setActive });
     const resized = new ResizeObserver(() => plot.current?.resize());
     resized.observe(host.current!);

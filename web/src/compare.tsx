@@ -7,7 +7,7 @@ import { slotsOf } from "./colours";
 import { Exports } from "./exports";
 import { type Answer, useFollowed } from "./followed";
 import { count, counted, duration, number, setting as settingText, shortened, stepsDone } from "./format";
-import { Age, Failure, Link, Loading, StateWord, useTitle } from "./parts";
+import { Age, Failure, Link, Loading, Scroll, StateWord, useTitle } from "./parts";
 import { PairedAnswers } from "./paired";
 import type { Metric, RunHead } from "./types";
 import { names } from "./view";
@@ -42,7 +42,7 @@ export function ComparePage() {
           </Link>
         ))}
         <span class="muted">{counted(compared.runs.length, "run")}</span>
-        {compared.unknown.length > 0 && <span class="state failed">{counted(compared.unknown.length, "run")} not found</span>}
+        {compared.unknown.length > 0 && <StateWord state="failed">{counted(compared.unknown.length, "run")} not found</StateWord>}
       </div>
       <Failure error={error} />
       {compared.runs.length ? <Shown compared={compared} /> : <p class="empty">Select runs in the list of an experiment's runs.</p>}
@@ -87,11 +87,11 @@ function Shown({ compared }: { compared: Compared }) {
   ];
   return (
     <>
-      <div class="scroll">
+      <Scroll label="compared runs">
         <table class="plain compared">
           <thead>
             <tr>
-              <th />
+              <td />
               {runs.map((run) => (
                 <th key={run.id} class="num" scope="col">
                   {sources.length > 1 && <div class="hint">{shortened(run.experiment.name, 80)}</div>}
@@ -127,7 +127,7 @@ function Shown({ compared }: { compared: Compared }) {
           </tbody>
         </table>
         <Exports name="compared-runs" rows={rows} />
-      </div>
+      </Scroll>
       {runs.map(({ id, error }) => error && <p key={id} class="prose"><span class="label">{shortened(labels.get(id)!, 80)}</span> <span class="error">{shortened(error, 300)}</span></p>)}
       <Charts experiment={charted} slots={slots} isGrouped={metrics.length > 24} />
       {runs.length > 1 && <PairedAnswers runs={runs} labels={labels} slots={slots} />}

@@ -1,6 +1,6 @@
 // What couriers have reported of a journal: how far each adapter is, its error with the fix, and the time of hooks.
 import { count, counted, share, shortened, shortTime } from "./format";
-import { Age, StateWord } from "./parts";
+import { Age, Scroll, StateWord } from "./parts";
 
 export interface Delivery {
   adapter: string;
@@ -51,7 +51,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
         </p>
       )}
       {deliveries.length > 0 && (
-        <div class="scroll">
+        <Scroll label="deliveries">
           <table class="plain deliveries">
             <thead>
               <tr>
@@ -59,9 +59,9 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
                 <th>state</th>
                 <th class="num">recorded</th>
                 <th class="num">delivered</th>
-                <th class="num" title="in the journal, still to be delivered">lag</th>
-                <th class="num" title="delivered, not confirmed by the destination yet">owed</th>
-                <th class="num" title="rejected for good: they are in the dead-letter file">dead</th>
+                <th class="num" title="in the journal, still to be delivered">not delivered</th>
+                <th class="num" title="delivered, not confirmed by the destination yet">not confirmed</th>
+                <th class="num" title="rejected for good: they are in the dead-letter file">rejected</th>
                 <th class="num">reported</th>
               </tr>
             </thead>
@@ -71,7 +71,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
               ))}
             </tbody>
           </table>
-        </div>
+        </Scroll>
       )}
       {hooks.length > 0 && <Hooks hooks={hooks} stepSeconds={journal.step_seconds} />}
     </>
@@ -98,7 +98,7 @@ function DeliveryRow({ row }: { row: Delivery }) {
           <b>{shortened(row.adapter, 80)}</b>
         </td>
         <td>
-          <StateWord state={isBroken ? "failed" : row.pending ? "running" : "completed"}>{(row.state ?? "unknown").replaceAll("_", " ")}</StateWord>
+          <StateWord state={isBroken ? "failed" : !row.state ? "pending" : row.pending ? "running" : "completed"}>{(row.state ?? "unknown").replaceAll("_", " ")}</StateWord>
         </td>
         <td class="num">{count(row.recorded)}</td>
         <td class="num">{count(row.delivered)}</td>
@@ -159,7 +159,7 @@ function Hooks({ hooks, stepSeconds }: { hooks: Hook[]; stepSeconds: number | nu
           </>
         )}
       </summary>
-      <div class="scroll">
+      <Scroll label="hooks">
         <table class="plain">
           <thead>
             <tr>
@@ -188,7 +188,7 @@ function Hooks({ hooks, stepSeconds }: { hooks: Hook[]; stepSeconds: number | nu
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
       {hooks.length > shown.length && <p class="muted">and {count(hooks.length - shown.length)} quicker ones</p>}
     </details>
   );

@@ -7,7 +7,7 @@ import { slotsOf } from "./colours";
 import { type Answer, useFollowed, useSettled } from "./followed";
 import { count, counted, shortened, withDeviation } from "./format";
 import { ExperimentHead, type PageProps } from "./further";
-import { Failure, Loading, Search, Section, useTitle } from "./parts";
+import { Failure, Loading, Scroll, Search, Section, useTitle } from "./parts";
 import type { Direction, Metric, State } from "./types";
 import { Exports } from "./exports";
 import { ANSWERS, Drawer, openRow, OUTPUTS, type Prediction, Reward, RIGHT, shown, TASKS } from "./predictions";
@@ -92,7 +92,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
     ...evals.rows.map(({ name, cells }) => [name, ...cells.flatMap(({ mean, sd, n }) => [mean, sd, n])]),
   ];
   return (
-    <div class="scroll">
+    <Scroll label="scores">
       <table class="plain matrix">
         <thead>
           <tr>
@@ -121,7 +121,7 @@ function Matrix({ evals, slots }: { evals: Evals; slots: Map<string, number> }) 
         </tbody>
       </table>
       <Exports name={`${evals.name}-evals`} rows={rows} />
-    </div>
+    </Scroll>
   );
 }
 
@@ -212,7 +212,7 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
   return (
     <>
       {page.rows.length > 0 && (
-        <div class="scroll">
+        <Scroll label="predictions">
           <table class="answers">
             <thead>
               <tr>
@@ -239,7 +239,7 @@ function Rows({ of, filter }: { of: PredictionSet; filter: Record<string, unknow
               ))}
             </tbody>
           </table>
-        </div>
+        </Scroll>
       )}
       <p class="muted more">
         {page.rows.length > 0 && <Exports name={`${of.name}-${of.run_name}`} rows={() => [["reward", ...columns], ...page.rows.map((row) => [Number(row.reward ?? NaN), ...columns.map((name) => shown(row[name]))])]} />}{" "}

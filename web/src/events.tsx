@@ -6,7 +6,7 @@ import { type Answer, useSettled } from "./followed";
 import { count, counted, number, shortened } from "./format";
 import { type PageProps, RunTitle } from "./further";
 import { subscribe } from "./live";
-import { Failure, Loading, Search, useLoaded, useTitle } from "./parts";
+import { Failure, Loading, Scroll, Search, useLoaded, useTitle } from "./parts";
 import type { RunHead } from "./types";
 import { filter, names, paused, toggled } from "./view";
 
@@ -94,7 +94,7 @@ export function RunEventsPage({ id }: PageProps) {
       )}
       <Failure error={error} />
       {rows.length > 0 && (
-        <div class="scroll">
+        <Scroll label="events">
           <table class="events">
             <thead>
               <tr>
@@ -111,7 +111,7 @@ export function RunEventsPage({ id }: PageProps) {
               ))}
             </tbody>
           </table>
-        </div>
+        </Scroll>
       )}
       <p class="muted more">
         {next ? (

@@ -7,7 +7,7 @@ import { slotsOf } from "./colours";
 import { count, counted, duration, shortened, valueText, withDeviation } from "./format";
 import { useFollowed } from "./followed";
 import { ExperimentNav } from "./further";
-import { Age, Alerts, Failure, Loading, Progress, Prose, StateWord, useTitle } from "./parts";
+import { Age, Alerts, Failure, Link, Loading, Progress, Prose, StateWord, useTitle, Verbatim } from "./parts";
 import type { ArmValue, Experiment, Run } from "./types";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
@@ -101,7 +101,7 @@ function Summary({ experiment }: { experiment: Experiment }) {
           {` of ${runs.length}.`}
         </>
       ) : (
-        <span class="muted">{counted(runs.length, "run")}, none failed.</span>
+        <span class="muted">{runs.length ? `${counted(runs.length, "run")}, none failed.` : "No run has started."}</span>
       )}
     </p>
   );
@@ -190,7 +190,8 @@ function groupedByError(runs: Run[]): Run[][] {
 
 function Problems({ experiment }: { experiment: Experiment }) {
   const groups = groupedByError(experiment.runs);
-  if (!groups.length && !experiment.alerts.length && !experiment.error) return null;
+  const broken = experiment.deliveries.filter(({ error, dead }) => error || dead);
+  if (!groups.length && !experiment.alerts.length && !experiment.error && !broken.length) return null;
   return (
     <section class="problems" aria-label="what is broken">
       {experiment.error && !groups.some(([run]) => run!.error === experiment.error) && (
@@ -198,13 +199,21 @@ function Problems({ experiment }: { experiment: Experiment }) {
           <summary>
             <StateWord state="failed">experiment</StateWord> <span class="first">{shortened(lastLine(experiment.error), 300)}</span>
           </summary>
-          <pre>{shortened(experiment.error, 20_000)}</pre>
+          <Verbatim text={experiment.error} />
         </details>
       )}
       {groups.slice(0, MOST_PROBLEMS).map((runs) => (
         <ProblemRuns key={runs[0]!.id} runs={runs} />
       ))}
       {groups.length > MOST_PROBLEMS && <p class="muted">and {groups.length - MOST_PROBLEMS} other errors</p>}
+      {broken.slice(0, MOST_PROBLEMS).map(({ adapter, journal, pending, dead, error, fix }) => (
+        <p class="alert" key={`${journal} ${adapter}`}>
+          <StateWord state="failed">delivery</StateWord> <b class="name">{shortened(adapter, 80)}</b>{" "}
+          {[pending && `${counted(pending, "event")} not delivered`, dead && `${counted(dead, "event")} rejected`].filter(Boolean).join(", ")}{" "}
+          {error && <span class="first">{shortened(error, 300)}</span>} {fix && <span>fix: {shortened(fix, 300)} </span>}
+          <Link to={`/health?q=${encodeURIComponent(adapter)}`}>health</Link>
+        </p>
+      ))}
       <Alerts alerts={experiment.alerts} most={MOST_ALERTS} />
     </section>
   );
@@ -229,7 +238,7 @@ function ProblemRuns({ runs }: { runs: Run[] }) {
         )}
       </summary>
       {runs.length > 1 && <p class="prose">{shortened(runs.map(runName).join(", "))}</p>}
-      {run.error && <pre>{shortened(run.error, 20_000)}</pre>}
+      {run.error && <Verbatim text={run.error} />}
     </details>
   );
 }

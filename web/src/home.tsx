@@ -2,7 +2,7 @@
 import { useRef } from "preact/hooks";
 import { useFollowed } from "./followed";
 import { number, shortened } from "./format";
-import { Age, Failure, Link, Loading, Progress, Search, StateWord, useTitle } from "./parts";
+import { Age, Failure, Link, Loading, Progress, Scroll, Search, StateWord, useTitle } from "./parts";
 import type { ExperimentRow, Home } from "./types";
 import { filter, hasFilterWords } from "./view";
 
@@ -42,7 +42,7 @@ export function HomePage() {
       ) : rows.length === 0 ? (
         <p class="empty">No experiment matches the filter.</p>
       ) : (
-        <div class="scroll">
+        <Scroll label="experiments">
           <table class="experiments">
             <thead>
               <tr>
@@ -61,7 +61,7 @@ export function HomePage() {
               ))}
             </tbody>
           </table>
-        </div>
+        </Scroll>
       )}
     </main>
   );
@@ -93,8 +93,8 @@ function Row({ row }: { row: ExperimentRow }) {
       <td class="num arms">{row.arms}</td>
       <td class="runs">
         {runs.completed ?? 0} of {total} done
-        {runs.failed ? <span class="state failed">{runs.failed} failed</span> : null}
-        {runs.stalled ? <span class="state stalled">{runs.stalled} stalled</span> : null}
+        {runs.failed ? <StateWord state="failed">{runs.failed} failed</StateWord> : null}
+        {runs.stalled ? <StateWord state="stalled">{runs.stalled} stalled</StateWord> : null}
       </td>
       <td class="headline">
         {headline && (

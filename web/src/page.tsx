@@ -13,17 +13,30 @@ effect(() => void canvasColours.value); // sets the theme, before the first page
 
 const isHelpOpen = signal(false);
 
-const KEYS: [key: string, what: string, run: () => void][] = [
+type Key = [key: string, what: string, run: () => void];
+
+const KEYS: Key[] = [
   ["/", "filter", () => document.querySelector<HTMLInputElement>("input[type=search]")?.focus()],
-  ["m", "lines: band, members, both", () => (view.lines.value = view.next(view.LINES, view.lines.value))],
-  ["l", "logarithmic axis: of the chart under the pointer, else of all", view.toggleLog],
-  ["s", "smoothing: auto, off, light, medium, strong", () => (view.smoothing.value = view.next(view.SMOOTHINGS, view.smoothing.value))],
-  ["x", "x axis: step, relative time, wall clock", view.cycleX],
   [".", "pause: what arrives is not shown", () => (view.paused.value = !view.paused.value)],
-  ["0", "whole range again, as a double click on a chart", () => (view.zoom.value = null)],
   ["d", "light or dark", view.toggleTheme],
   ["?", "this list", () => (isHelpOpen.value = !isHelpOpen.value)],
 ];
+
+/** On pages that have charts. */
+const CHART_KEYS: Key[] = [
+  ["m", "lines: band, members, both", () => (view.lines.value = view.next(view.LINES, view.lines.value))],
+  ["g", "group charts by the beginnings of their names", () => (view.grouping.value = view.next(view.GROUPINGS, view.grouping.value))],
+  ["l", "logarithmic axis: of the chart under the pointer or in focus, else of all", view.toggleLog],
+  ["s", "smoothing: auto, off, light, medium, strong", () => (view.smoothing.value = view.next(view.SMOOTHINGS, view.smoothing.value))],
+  ["x", "x axis: step, relative time, wall clock", view.cycleX],
+  ["+", "zoom in; a drag over a chart too", () => view.zoomBy(0.5, 0)],
+  ["-", "zoom out", () => view.zoomBy(2, 0)],
+  ["[", "earlier steps", () => view.zoomBy(1, -0.5)],
+  ["]", "later steps", () => view.zoomBy(1, 0.5)],
+  ["0", "whole range again, as a double click on a chart", () => (view.zoom.value = null)],
+];
+
+const haveCharts = () => document.querySelector(".charts") !== null;
 
 function onKey(event: KeyboardEvent): void {
   const target = event.target as HTMLElement;
@@ -32,8 +45,9 @@ function onKey(event: KeyboardEvent): void {
     if (event.key === "Escape") target.blur();
     return;
   }
-  const found = KEYS.find(([key]) => key === event.key);
-  if (!found) return;
+  const isCovered = document.querySelector("dialog[open]") !== null; // what the key would change cannot be seen
+  const found = [...KEYS, ...(haveCharts() ? CHART_KEYS : [])].find(([key]) => key === event.key);
+  if (!found || (isCovered && !["?", "d"].includes(event.key))) return;
   event.preventDefault();
   found[2]();
 }
@@ -68,7 +82,7 @@ function Help() {
   return (
     <dialog ref={dialog} aria-label="Keys" onClose={() => (isHelpOpen.value = false)} onClick={() => (isHelpOpen.value = false)}>
       <dl>
-        {KEYS.map(([key, what]) => (
+        {[...KEYS, ...(isHelpOpen.value && haveCharts() ? CHART_KEYS : [])].map(([key, what]) => (
           <div key={key}>
             <dt>
               <kbd>{key}</kbd>
@@ -76,10 +90,6 @@ function Help() {
             <dd>{what}</dd>
           </div>
         ))}
-        <div>
-          <dt>drag</dt>
-          <dd>zoom, in all charts</dd>
-        </div>
       </dl>
     </dialog>
   );

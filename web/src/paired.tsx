@@ -3,7 +3,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { getJson } from "./api";
 import { Exports } from "./exports";
 import { count, shortened } from "./format";
-import { Failure } from "./parts";
+import { Failure, Scroll } from "./parts";
 import { Drawer, openRow, OUTPUTS, type Prediction, Reward, shown, TASKS } from "./predictions";
 import type { RunHead } from "./types";
 import { oneOf, text } from "./view";
@@ -65,7 +65,7 @@ export function PairedAnswers({ runs, labels, slots }: Props) {
       </div>
       <Failure error={error} />
       {rows.length > 0 && (
-        <div class="scroll">
+        <Scroll label="answers to the same tasks, by run">
           <table class="answers paired">
             <thead>
               <tr>
@@ -92,7 +92,7 @@ export function PairedAnswers({ runs, labels, slots }: Props) {
               ))}
             </tbody>
           </table>
-        </div>
+        </Scroll>
       )}
       <p class="muted more">
         {rows.length > 0 && <Exports name={`${paired.name}-answers`} rows={() => [[task, ...runs.map(headOf)], ...rows.map((row) => [shown(row[task]), ...row.scores])]} />}{" "}

@@ -1,5 +1,5 @@
 // Small parts that several pages show.
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
 import { signal } from "@preact/signals";
 import { clockAhead, RequestError } from "./api";
@@ -69,6 +69,10 @@ export function Link({ to, class: name, children }: { to: string; class?: string
   );
 }
 
+/** Texts longer than this may be higher than their box; then they are reached by Tab, and scrolled by keys. */
+const MAY_SCROLL = 120;
+const MOST_SHOWN = 20_000;
+
 export function Fact({ label, title, children }: { label: string; title?: string; children: ComponentChildren }) {
   return (
     <span class="fact" title={title}>
@@ -81,9 +85,38 @@ export function Fact({ label, title, children }: { label: string; title?: string
 export function Prose({ label, text }: { label: string; text: string | null }) {
   if (!text) return null;
   return (
-    <p class="prose">
+    <p class="prose" tabIndex={text.length > MAY_SCROLL || text.includes("\n") ? 0 : undefined}>
       <span class="label">{label}</span> {shortened(text)}
     </p>
+  );
+}
+
+/** A text as it is, which scrolls if it is long. */
+export function Verbatim({ text, class: name }: { text: string; class?: string }) {
+  return (
+    <pre class={name} tabIndex={0}>
+      {shortened(text, MOST_SHOWN)}
+    </pre>
+  );
+}
+
+/** A table that may be wider than the page; where it is, it is reached by Tab, and scrolled by keys. */
+export function Scroll({ label, children }: { label: string; children: ComponentChildren }) {
+  const box = useRef<HTMLDivElement>(null);
+  useLayoutEffect(() => {
+    const element = box.current!;
+    const measure = () => {
+      if (element.scrollWidth > element.clientWidth) element.tabIndex = 0;
+      else element.removeAttribute("tabindex");
+    };
+    const resized = new ResizeObserver(measure);
+    for (const each of [element, ...element.children]) resized.observe(each);
+    return () => resized.disconnect();
+  }, []);
+  return (
+    <div class="scroll" ref={box} role="group" aria-label={label}>
+      {children}
+    </div>
   );
 }
 

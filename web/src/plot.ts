@@ -83,6 +83,12 @@ export class Plot {
     this.highlight(this.highlighted);
   }
 
+  /** The first and the last step in view. */
+  get steps(): [number, number] | null {
+    if (!this.plot || this.chart.metric.startsWith("epoch/")) return null;
+    return this.view.x === "step" ? this.xRange : stepsIn(this.chart.lines, ...this.xRange);
+  }
+
   resize(): void {
     const width = Math.floor(this.element.clientWidth);
     if (this.plot && width > 0 && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });

@@ -2,11 +2,12 @@
 import { useMemo } from "preact/hooks";
 import { Charts } from "./charts";
 import { slotsOf } from "./colours";
+import { type Content, Contents } from "./contents";
 import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, duration, number, setting, shortened, stepsDone } from "./format";
 import { type PageProps, RunTitle } from "./further";
-import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Section, useTitle } from "./parts";
+import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Scroll, Section, useTitle, Verbatim } from "./parts";
 import type { Alert, Metric, RunHead } from "./types";
 
 interface EvalRow {
@@ -39,6 +40,7 @@ interface RunAnswer extends RunHead, JournalRows, Answer {
   alerts: Omit<Alert, "run">[];
   texts: { name: string; step: number; text: string }[];
   contents: { name: string; kind: string; step: number | null; time: number; path: string | null; size: number | null; caption: string | null }[];
+  shown_contents: Content[];
   events: Record<string, number>;
 }
 
@@ -56,7 +58,12 @@ export function RunPage({ id }: PageProps) {
         <Evals run={run} />
         <Checkpoints run={run} />
         <Texts run={run} />
-        <Contents run={run} />
+        {run.shown_contents.length > 0 && (
+          <Section title={`media, tables, histograms and texts (${count(run.shown_contents.length)})`} isOpen>
+            <Contents run={run.id} contents={run.shown_contents} />
+          </Section>
+        )}
+        <Files run={run} />
         <Values title="config" values={run.config} isOpen />
         <Values title="summary" values={run.summary} isOpen />
         <Values title="facts from adapters" values={run.extras} />
@@ -107,7 +114,7 @@ function Problems({ run }: { run: RunAnswer }) {
   if (!run.error && !run.alerts.length) return null;
   return (
     <section class="problems" aria-label="what is broken">
-      {run.error && <pre class="whole">{run.error}</pre>}
+      {run.error && <Verbatim class="whole" text={run.error} />}
       <Alerts alerts={run.alerts} most={MOST_ALERTS} />
     </section>
   );
@@ -129,7 +136,7 @@ function Evals({ run }: { run: RunAnswer }) {
   if (!run.evals.length) return null;
   return (
     <Section title={`evals (${count(run.eval_count)})`} isOpen>
-      <div class="scroll">
+      <Scroll label="evals">
         <table class="plain">
           <thead>
             <tr>
@@ -166,7 +173,7 @@ function Evals({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
       {run.eval_count > MOST_EVALS && <p class="muted">the latest {MOST_EVALS}; the curves above show all</p>}
     </Section>
   );
@@ -177,7 +184,7 @@ function Checkpoints({ run }: { run: RunAnswer }) {
   const latest = run.checkpoints.slice(-20).reverse();
   return (
     <Section title={`checkpoints (${count(run.checkpoints.length)})`} isOpen>
-      <div class="scroll">
+      <Scroll label="checkpoints">
         <table class="plain">
           <thead>
             <tr>
@@ -200,7 +207,7 @@ function Checkpoints({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
     </Section>
   );
 }
@@ -208,25 +215,25 @@ function Checkpoints({ run }: { run: RunAnswer }) {
 function Texts({ run }: { run: RunAnswer }) {
   if (!run.texts.length) return null;
   return (
-    <Section title={`texts (${count(run.texts.length)})`} isOpen>
+    <Section title={`texts of steps (${count(run.texts.length)})`} isOpen>
       {run.texts.slice(0, 30).map(({ name, step, text }) => (
         <details class="text" key={name}>
           <summary>
             <b class="name">{shortened(name, 120)}</b> <span class="muted">step {count(step)}</span>{" "}
             <span class="hint">{shortened(text.trim().split("\n")[0] ?? "", 160)}</span>
           </summary>
-          <pre>{text}</pre>
+          <Verbatim text={text} />
         </details>
       ))}
     </Section>
   );
 }
 
-function Contents({ run }: { run: RunAnswer }) {
+function Files({ run }: { run: RunAnswer }) {
   if (!run.contents.length) return null;
   return (
-    <Section title={`files and media (${count(run.contents.length)})`}>
-      <div class="scroll">
+    <Section title={`files (${count(run.contents.length)})`}>
+      <Scroll label="files and media">
         <table class="plain">
           <tbody>
             {run.contents.slice(-60).reverse().map((item, i) => (
@@ -240,7 +247,7 @@ function Contents({ run }: { run: RunAnswer }) {
             ))}
           </tbody>
         </table>
-      </div>
+      </Scroll>
     </Section>
   );
 }

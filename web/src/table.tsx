@@ -111,7 +111,12 @@ function Head<Row>({ column }: { column: Column<Row> }) {
   const { id, label, title } = column;
   const by = sort.value;
   const order = by === id ? "ascending" : by === `-${id}` ? "descending" : "none";
-  if (!label) return <th />;
+  if (!label)
+    return (
+      <th>
+        <span class="unseen">{title ?? id}</span>
+      </th>
+    );
   const next = order === "none" ? (column.isNumber ? `-${id}` : id) : order === "descending" ? (column.isNumber ? id : "") : column.isNumber ? "" : `-${id}`;
   return (
     <th class={column.isNumber ? "num" : ""} aria-sort={order}>

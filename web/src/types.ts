@@ -124,6 +124,10 @@ export interface Experiment {
   runs: Run[];
   metrics: Metric[];
   same: Record<string, unknown>;
+  /** What couriers have reported last of each adapter. */
+  deliveries: { adapter: string; journal: string; pending?: number; dead?: number; error?: string | null; fix?: string | null }[];
+  /** How far the best arm is ahead of the second one, which may be a better one that is incomplete. */
+  lead?: { arm: string; second: string; metric: string; delta: number | null; delta_sd: number | null } | null;
   alerts: Alert[];
   now?: number;
   frame?: number;

@@ -102,12 +102,26 @@ export function next<T>(choices: readonly T[], value: T): T {
   return choices[(choices.indexOf(value) + 1) % choices.length]!;
 }
 
-/** The chart under the pointer or the focus. */
-export const activeChart = signal<string | null>(null);
+/** Whether charts are in sections by the beginnings of their names; "auto": as the page has it. */
+export const GROUPINGS = ["auto", "yes", "no"] as const;
+export const grouping = oneOf("group", GROUPINGS);
+
+/** The chart under the pointer or the focus, and the steps that it shows. */
+export const activeChart = signal<{ metric: string; steps: () => [number, number] | null } | null>(null);
+
+/** Show a part of the steps, by the chart in hand: `scale` times as many, moved by a part of them. */
+export function zoomBy(scale: number, shift: number): void {
+  const steps = activeChart.value?.steps() ?? zoom.value;
+  if (!steps) return;
+  const size = steps[1] - steps[0];
+  const from = Math.max(0, Math.round(steps[0] + size * (shift + (1 - scale) / 2)));
+  const to = Math.round(from + size * scale);
+  if (to > from) zoom.value = [from, to];
+}
 
 /** Of the chart in hand, else of all. */
 export function toggleLog(): void {
-  logCharts.value = toggled(logCharts.value, activeChart.value ?? "*");
+  logCharts.value = toggled(logCharts.value, activeChart.value?.metric ?? "*");
 }
 
 export function cycleX(): void {

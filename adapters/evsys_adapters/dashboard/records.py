@@ -179,6 +179,14 @@ def stalled_at(run: RunRecord) -> float:
     return (run.last or 0.0) + max(_STALLED_SECONDS, _STALLED_PACES * (run.pace or 0.0))
 
 
+def run_seconds(run: RunRecord, now: float) -> float | None:
+    """Return how long a run took: until its end, its last event, or now."""
+    if run.started is None:
+        return None
+    end = run.ended if run.ended is not None else now if run_state(run, now) == "running" else run.last
+    return None if end is None else max(0.0, end - run.started)
+
+
 class Records:
     """The records of one database. Changes are written by `flush`."""
 

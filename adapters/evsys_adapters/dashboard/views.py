@@ -1,6 +1,5 @@
-"""What the pages beside home and experiment show, as JSON: the list of runs, one run, several compared, deliveries."""
+"""What the pages beside home and experiment show, as JSON: the list of runs, one run, several compared."""
 
-import contextlib
 import time as clock
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,19 +7,19 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_adapters.common.hook_arguments import fields, list_or_empty
+from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard import pages
-from evsys_adapters.dashboard.details import JournalStatus
+from evsys_adapters.dashboard.contents import latest_contents
+from evsys_adapters.dashboard.delivery_views import journal_of_run
 from evsys_adapters.dashboard.evals import EvalRow
 from evsys_adapters.dashboard.pages import Direction, Json, direction_of
-from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state
+from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_seconds, run_state
 from evsys_adapters.dashboard.series import SeriesInfo
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import finite, numbers_below
 from evsys_bus.filters import parse_filter
-from evsys_bus.reading import JOURNAL, RecordedRun
+from evsys_bus.reading import RecordedRun
 from evsys_bus.reading.fields import BEST, RunFields, differing_keys, is_goal
-from evsys_bus.tasks import DeliveryStatus
 
 MAX_COMPARED: Final = 24
 _SHOWN_METRICS: Final = 3
@@ -30,7 +29,6 @@ _MAX_TEXT: Final = 20_000
 _MAX_LINE: Final = 300
 _MAX_EVALS: Final = 300
 _MAX_CONTENTS: Final = 300
-_MAX_STATUSES: Final = 2_000
 _MAX_READ_POINTS: Final = 200_000
 _LOOK_BACK: Final = 4_096
 """Of a long series, how many steps before a step its last value may lie at least."""
@@ -44,7 +42,6 @@ _MAX_UPLOAD_EVENTS: Final = 2_000
 NO_UPLOAD: Final[Mapping[str, None]] = {"upload": None, "url": None, "bytes": None}
 """What is known of the upload of a checkpoint that no courier has reported."""
 _TRAIN: Final = "train/"
-_ENDED: Final = frozenset({"completed", "failed", "cancelled", "stopped"})
 _SYNONYMS: Final = {"name": "run", "id": "run", "status": "state", "tag": "tags", "step": "steps"}
 
 
@@ -115,7 +112,7 @@ class _FilteredRun:
             "notes": run.notes,
             "started": run.started,
             "age": None if run.started is None else max(0.0, now - run.started),
-            "duration": _seconds(run, now),
+            "duration": run_seconds(run, now),
             "steps": None if run.step is None else run.step + 1,
             "checkpoints": run.checkpoints,
             "error": run.error,
@@ -183,7 +180,7 @@ def runs(
                 "arm": shown_arm(run),
                 "config": _short(row["config"]),
                 "error": _last_line(row["error"]),
-                "seconds": _seconds(run, now),
+                "seconds": run_seconds(run, now),
                 "last": [_finite(values.last(name)) for name in shown],
                 "best": [_finite(values.best(name, directions[name])) for name in shown],
                 "at": [_value_at(store, values, run, step, name) for step, name in at[:_MAX_METRICS]],
@@ -226,13 +223,6 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     evals = catalogue.evals.of_run(record.id)
     contents = catalogue.details.contents(record.id)
     runs = catalogue.records.runs(experiment.id)
-    journal, statuses, recorded = None, list[JournalStatus](), list[RunRecord]()
-    for folder, each in ((record.path, [record]), (experiment.path, runs)):  # that of the run, or of its experiment
-        journal = _journal_of(folder)
-        statuses = catalogue.details.statuses([] if journal is None else [journal])
-        if statuses:
-            recorded = each
-            break
     uploads = uploads_of(store, [record])
     return {
         **_run_head(record, experiment, now),
@@ -268,9 +258,9 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             {key: each.get(key) for key in ("name", "kind", "step", "time", "path", "size", "caption", "media_type")}
             for each in contents[-_MAX_CONTENTS:]
         ],
+        "shown_contents": latest_contents(contents),
         "events": catalogue.details.event_counts(record.id),
-        "journal": journal if statuses else None,
-        **_journal_rows(statuses, recorded, now),
+        **journal_of_run(store, record, experiment, now),
     }
 
 
@@ -336,53 +326,6 @@ def _common_arms(store: Store, experiments: Sequence[ExperimentRecord]) -> list[
     return shown_arms(experiments[0], store.catalogue.records.runs(experiments[0].id))
 
 
-def health(store: Store, now: float | None = None) -> Json:
-    """Return how far the deliveries of all journals are, those with errors first, and the figures of the database."""
-    now = clock.time() if now is None else now
-    records = store.catalogue.records
-    rows = store.database.query(
-        "SELECT journal, kind, name, time, body FROM journal_status ORDER BY time DESC LIMIT ?", _MAX_STATUSES
-    )
-    by_journal: dict[str, list[JournalStatus]] = {}
-    for journal, kind, name, time, body in rows:
-        by_journal.setdefault(journal, []).append(JournalStatus(journal, kind, name, time, msgspec.json.decode(body)))
-    journals: list[Json] = []
-    for journal, statuses in by_journal.items():
-        folder = journal.rstrip("/").rpartition("/")[0]
-        run_id = records.find("run path", folder)
-        record = None if run_id is None else records.run(run_id)
-        experiment_id = records.find("experiment path", folder) if record is None else record.experiment
-        experiment = None if experiment_id is None else records.experiment(experiment_id)
-        if any(each is not None and each.hidden is not None for each in (record, experiment)):
-            continue
-        journals.append(
-            {
-                "journal": journal,
-                "run": None if record is None else {"id": record.public, "name": record.key},
-                "experiment": None if experiment is None else {"id": experiment.public, "name": experiment.name},
-                "state": None if record is None else run_state(record, now),
-                "time": max(each.time for each in statuses),
-                **_journal_rows(statuses, _runs_of(store, record, experiment), now),
-            }
-        )
-    journals.sort(key=lambda each: (not any(row["last_error"] or row["dead"] for row in each["deliveries"]),))
-    [(events, streams)] = store.database.query("SELECT CAST(COALESCE(SUM(seq), 0) AS BIGINT), COUNT(*) FROM stream")
-    [(series,)] = store.database.query("SELECT COUNT(*) FROM series")
-    return {
-        "now": now,
-        "store": store.id,
-        "database": {
-            "path": store.location,
-            "bytes": store.database.size_bytes(),
-            "events": events,
-            "streams": streams,
-            "series": series,
-            "unreadable": store.catalogue.unreadable_events,
-        },
-        "journals": journals,
-    }
-
-
 def find_experiment(store: Store, public_id: str) -> ExperimentRecord:
     """Return an experiment that is not in the trash. Raises LookupError if there is none of this id."""
     id_ = store.catalogue.experiment_id(public_id)
@@ -420,7 +363,7 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
         "started": run.started,
         "ended": run.ended,
         "last_event": run.last,
-        "seconds": _seconds(run, now),
+        "seconds": run_seconds(run, now),
     }
 
 
@@ -472,14 +415,6 @@ def values_at(store: Store, info: SeriesInfo | None, steps: Sequence[int]) -> li
     return values
 
 
-def _seconds(run: RunRecord, now: float) -> float | None:
-    """Return how long a run took: until its end, its last event, or now."""
-    if run.started is None:
-        return None
-    end = run.ended if run.ended is not None else now if run_state(run, now) == "running" else run.last
-    return None if end is None else max(0.0, end - run.started)
-
-
 def _metric_rows(values: RunValues) -> list[Json]:
     """Return the metrics of one run: training and evals, then what describes the machine, constants last."""
     rows = [_metric_row(name, [info]) for name, info in values.series.items()]
@@ -504,13 +439,13 @@ def _metric_row(name: str, infos: Sequence[SeriesInfo]) -> Json:
 
 
 def _compared_order(row: Json, deciding: Collection[str]) -> tuple[object, ...]:
-    """Order metrics: those that decide first, then those that all runs have, constants last."""
+    """Order metrics: those that decide first, then scores, then those that all runs have, constants last."""
     name, is_apart = row["name"], row["section"] in {"system", "epoch"}
     decides = name in deciding or name.removeprefix(_TRAIN) in deciding
     is_better_known = row["direction"] is not None
     return (
-        *(not decides, row["constant"] is not None, -row["runs"], is_apart),
-        *(not is_goal(name), not is_better_known, pages.natural_order(name)),
+        *(not decides, row["constant"] is not None, is_apart, not is_goal(name)),
+        *(-row["runs"], not is_better_known, pages.natural_order(name)),
     )
 
 
@@ -526,78 +461,6 @@ def _eval_row(row: EvalRow) -> Json:
         "seconds": row.body.get("eval_seconds"),
         "values": {name: finite(value) for name, value in [*numbers.items()][:_MAX_METRICS]},
     }
-
-
-def _journal_of(path: str | None) -> str | None:
-    return None if not path else f"{path.rstrip('/')}/{JOURNAL}"
-
-
-def _runs_of(store: Store, run: RunRecord | None, experiment: ExperimentRecord | None) -> Sequence[RunRecord]:
-    """Return the runs that a journal is of."""
-    if run is not None:
-        return [run]
-    return [] if experiment is None else store.catalogue.records.runs(experiment.id)
-
-
-def _journal_rows(statuses: Sequence[JournalStatus], runs: Sequence[RunRecord], now: float) -> Json:
-    """Return the deliveries of a journal, the times of its hooks, and whether all of it has arrived once it is ended.
-
-    Args:
-        statuses: What couriers have reported of it.
-        runs: Those that are recorded in it.
-        now: The time by which runs count as stalled.
-    """
-    steps = sum(run.step + 1 for run in runs if run.step is not None)
-    seconds = sum(_seconds(run, now) or 0.0 for run in runs if run.step is not None)
-    deliveries: list[Json] = []
-    hooks: list[Json] = []
-    for each in statuses:
-        if each.kind == "delivery":
-            deliveries.append(_delivery_row(each))
-        else:
-            found = map(fields, list_or_empty(each.body))
-            hooks += [{"rank": each.name, **hook, "per_step": _per_step(hook, steps)} for hook in found]
-    hooks.sort(key=lambda each: -(each["per_step"] or 0.0))
-    receipt = None
-    if runs and deliveries and all(run_state(run, now) in _ENDED for run in runs):
-        receipt = {
-            "complete": not any(each[name] for each in deliveries for name in ("pending", "owed", "dead", "waiting")),
-            **{name: sum(each[name] for each in deliveries) for name in ("recorded", "delivered", "dead", "pending")},
-            "owed": sum(each["owed"] for each in deliveries),
-        }
-    return {
-        "deliveries": deliveries,
-        "hooks": hooks,
-        "receipt": receipt,
-        "step_seconds": seconds / steps if steps and seconds else None,
-    }
-
-
-def _delivery_row(status: JournalStatus) -> Json:
-    """Return a `DeliveryStatus`, with what is to be shown of its errors."""
-    body = {"name": status.name, **fields(status.body)}
-    try:
-        delivery = msgspec.convert(body, DeliveryStatus)
-    except msgspec.ValidationError:  # of another version: what fits is shown
-        delivery = DeliveryStatus(name=status.name)
-        for name, value in body.items():
-            with contextlib.suppress(msgspec.ValidationError):
-                delivery = msgspec.convert({**msgspec.to_builtins(delivery), name: value}, DeliveryStatus)
-    return {
-        **msgspec.to_builtins(delivery),
-        "adapter": status.name,
-        "time": status.time,
-        "last_error": delivery.last_error,
-        "suggested_fix": delivery.suggested_fix,
-    }
-
-
-def _per_step(hook: Mapping[str, Any], steps: int) -> float | None:
-    """Return the seconds that a hook takes of each step."""
-    calls, mean = hook.get("calls"), hook.get("mean_seconds")
-    if not steps or not isinstance(calls, int) or not isinstance(mean, int | float):
-        return None
-    return calls * mean / steps
 
 
 def _short(values: Mapping[str, Any]) -> Json:

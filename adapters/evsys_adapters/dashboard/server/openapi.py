@@ -159,6 +159,16 @@ _VIEWS: Final[Json] = {
         ],
         none="No such run.",
     ),
+    "/api/runs/{id}/media/{digest}": {
+        "get": _operation(
+            "A picture of a run, if its file is on this machine",
+            {"200": _answer("PNG, JPEG, GIF or WebP.", _BINARY), "404": _answer("It is not here.", _ERROR)},
+            parameters=[
+                _parameter("id", "path", _TEXT, "The run."),
+                _parameter("digest", "path", _TEXT, "Of its bytes."),
+            ],
+        )
+    },
     "/api/compare": _view(
         "Several runs side by side", [_parameter("r", "query", _TEXT, "The id of a run; repeated, up to 24.")]
     ),

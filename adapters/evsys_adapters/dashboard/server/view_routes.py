@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from evsys_adapters.dashboard import eval_views, run_events, views
+from evsys_adapters.dashboard import contents, delivery_views, eval_views, run_events, views
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response
 from evsys_adapters.dashboard.server.store_thread import StoreThread
@@ -67,6 +67,7 @@ class ViewRoutes:
             Route("/api/predictions/{id}", self._prediction),
             Route("/api/runs/{id}", self._run),
             Route("/api/runs/{id}/events", self._events),
+            Route("/api/runs/{id}/media/{digest}", self._media),
             Route("/api/compare", self._compare),
             Route("/api/compare/predictions", self._paired),
             Route("/api/health", self._health),
@@ -139,6 +140,20 @@ class ViewRoutes:
         )
         return await compressed_response(request, body, "application/json")
 
+    async def _media(self, request: Request) -> Response:
+        id_, digest = request.path_params["id"], request.path_params["digest"]
+
+        def find(store: Store) -> tuple[list[Json]]:
+            record, _ = views.run_record_and_head(store, id_)
+            return (store.catalogue.details.contents(record.id),)
+
+        (found,) = await self._view(find)
+        picture = await anyio.to_thread.run_sync(contents.read_picture, found, digest)
+        if picture is None:
+            raise AnswerError(404, "media", "this picture is not here", fix="look at it where the run was recorded")
+        kind, data = picture
+        return Response(data, headers={"cache-control": "private, max-age=31536000, immutable"}, media_type=kind)
+
     async def _compare(self, request: Request) -> Response:
         return await self._answer(request, lambda store: views.compare(store, request.query_params.getlist("r")))
 
@@ -153,7 +168,7 @@ class ViewRoutes:
         return await self._answer(request, lambda store: eval_views.paired(store, runs, name, pick, after))
 
     async def _health(self, request: Request) -> Response:
-        return await self._answer(request, views.health)
+        return await self._answer(request, delivery_views.health)
 
     async def _answer(self, request: Request, view: Callable[[Store], Any]) -> Response:
         frame = self._frame()
