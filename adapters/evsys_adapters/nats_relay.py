@@ -13,7 +13,8 @@ it. What the server answers decides what happens:
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -145,9 +146,12 @@ class NatsRelay(Sink):
     async def write(self, batch: Sequence[RawRecord]) -> int | None:
         """Send the batch, one message of each stream at a time; returns how many of its events the server has."""
         by_stream: dict[str, list[RawRecord]] = {}
-        for each in batch:
-            if each.sequence > self._sent.get(each.stream, 0):  # else it was stored before an error of another stream
-                by_stream.setdefault(each.stream, []).append(each)
+        for stream, records in groupby(batch, attrgetter("stream")):
+            by_stream.setdefault(stream, []).extend(records)
+        for stream, records in by_stream.items():
+            sent = self._sent.get(stream, 0)
+            if records[0].sequence <= sent:  # it was stored before there was an error of another stream
+                by_stream[stream] = [each for each in records if each.sequence > sent]
         try:
             if not self._connection.is_open:
                 await self.open()
