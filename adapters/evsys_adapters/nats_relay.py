@@ -218,8 +218,6 @@ class NatsRelay(Sink):
 
     async def on_idle(self) -> None:
         """Announce the streams that have ended."""
-        if not self._connection.is_open:
-            await self.open()
         await self._announce_endings()
 
     async def close(self) -> None:
@@ -247,6 +245,8 @@ class NatsRelay(Sink):
         for stream, last in candidates.items():
             ending = await asyncio.to_thread(_ending_of, directory, stream, last)
             if ending is not None:
+                if not self._connection.is_open:
+                    await self.open()
                 await self._publish(stream, ending_message(stream, last, ending))
                 self._ended[stream] = last
 

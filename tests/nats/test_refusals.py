@@ -4,7 +4,9 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 
 import nats
 import nkeys
@@ -13,6 +15,7 @@ import pytest
 from evsys_adapters import NatsRelay
 from evsys_adapters.jetstream.connection import ConnectionConfig
 from evsys_adapters.jetstream.mirror import Mirror
+from evsys_bus import Eval, EventBus
 from evsys_bus.errors import JournalOpenError, ParkedError, RetryLaterError, WrongParamError
 from evsys_bus.journal import JournalWriter
 from support.couriers import counted, deliver
@@ -29,6 +32,7 @@ authorization {
     { user: "mirror", password: "m", permissions: {
         publish: ["$JS.API.CONSUMER.INFO.EVSYS.mirror", "$JS.API.CONSUMER.MSG.NEXT.EVSYS.mirror",
                   "$JS.ACK.EVSYS.mirror.>"], subscribe: ["_INBOX_mirror.>"] } }
+    { user: "reader", password: "x", permissions: { publish: [">"], subscribe: ["_INBOX.>"] } }
     { user: "guest", password: "g", permissions: { publish: ["$JS.API.STREAM.INFO.EVSYS"], subscribe: [">"] } }
   ]
 }
@@ -178,7 +182,14 @@ async def test_a_missing_permission_parks_at_once_with_the_subject(tmp_path, mon
             await relay.write(batch)
         await relay.close()
         assert "does not permit this user to publish to evsys.0.r0-" in caught.value.what.lower()
-        assert "allow the user to publish" in caught.value.fix.lower()
+        assert "allow the user to publish to evsys.0.r0-" in caught.value.fix.lower()
+
+
+async def test_a_mirror_that_may_not_receive_messages_ends_at_once_with_the_subject(tmp_path, monkeypatch):
+    with NatsServer(tmp_path / "nats", ROLES) as server:
+        monkeypatch.setenv("NATS_PASSWORD", "x")
+        with pytest.raises(ParkedError, match=r"subscribe to _inbox_other\."):
+            await mirror_of(server, tmp_path / "mirror", user="reader", inbox_prefix="_INBOX_other").run()
 
 
 def relay_record(sequence):
@@ -221,6 +232,21 @@ async def test_a_server_that_is_not_there_is_retried(server, tmp_path):
         await relay_to(server).open()
     with pytest.raises(RetryLaterError, match="cannot be reached"):
         await mirror_of(server, tmp_path / "mirror").run(once=True)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_broker_that_is_away_keeps_no_program_from_ending_and_the_events_stay_pending(tmp_path, is_answered):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"nats://127.0.0.1:{silent.getsockname()[1]}"
+        if is_answered:
+            silent.close()  # nobody listens: the connection is refused
+        bus = EventBus([NatsRelay(servers=[url])], journal=tmp_path / "journal", couriers="thread", drain_timeout=2)
+        with bus:
+            bus.publish(Eval(None, 1, "val", {"accuracy": 0.5}))
+            began = time.monotonic()
+    assert time.monotonic() - began < 8
+    [delivery] = bus.receipt.deliveries
+    assert (delivery.pending, delivery.delivered) == (1, 0)
 
 
 async def test_another_mirror_of_the_same_subject_is_refused(server, tmp_path):
