@@ -17,7 +17,7 @@ from evsys_adapters.jetstream.connection import ConnectionConfig
 from evsys_adapters.jetstream.mirror import Mirror
 from evsys_bus import Eval, EventBus
 from evsys_bus.errors import JournalOpenError, ParkedError, RetryLaterError, WrongParamError
-from evsys_bus.journal import JournalWriter
+from evsys_bus.journal import JournalReader, JournalWriter
 from support.couriers import counted, deliver
 from support.nats_server import NatsServer
 
@@ -203,6 +203,7 @@ def relay_record(sequence):
     [
         ({"discard": "old"}, "nats stream edit EVSYS --discard new"),
         ({"retention": "limits"}, "create it with --retention work"),
+        ({"subjects": ["evsys.*", "other.>"]}, "set stream and subject_prefix to those of one stream"),
         ({"max_msg_size": 1500}, "set max_payload, max_msg_size and max_bytes to 2048 or more"),
     ],
 )
@@ -224,6 +225,17 @@ async def test_a_missing_stream_is_created_only_if_that_is_allowed(server):
     relay = relay_to(server, max_bytes=1 << 20)
     await relay.open()
     await relay.close()
+
+
+async def test_the_relays_of_two_jobs_share_a_stream_and_each_has_its_mirror(server, tmp_path):
+    for job in ("a", "b"):
+        record(tmp_path / job, 10)
+        await deliver(tmp_path / job, relay_to(server, subject_prefix=f"evsys.team.{job}"))
+    for job in ("a", "b"):
+        config = ConnectionConfig(servers=(server.url,))
+        mirror = Mirror(config, tmp_path / f"mirror-{job}", stream="EVSYS", subject=f"evsys.team.{job}.>")
+        await mirror.run(once=True)
+        assert JournalReader(tmp_path / f"mirror-{job}").streams() == JournalReader(tmp_path / job).streams()
 
 
 async def test_a_server_that_is_not_there_is_retried(server, tmp_path):
