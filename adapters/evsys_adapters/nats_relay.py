@@ -168,18 +168,19 @@ class NatsRelay(Sink):
         """Send events of several streams, with one message of each under way."""
         remaining = {stream: self._messages_of(events) for stream, events in by_stream.items()}
         while remaining:
-            round_: list[_StreamMessage] = []
+            next_messages: list[_StreamMessage] = []
             for stream, messages in list(remaining.items()):
                 message = next(messages, None)
                 if message is None:
                     del remaining[stream]
                 else:
-                    round_.append(message)
-            if len(round_) == 1:
-                await self._publish(round_[0].stream, round_[0].message)
-                self._note_stored(round_[0])
-            elif round_:
-                await self._publish_all(round_)
+                    next_messages.append(message)
+            if len(next_messages) == 1:
+                [message] = next_messages
+                await self._publish(message.stream, message.message)
+                self._note_stored(message)
+            elif next_messages:
+                await self._publish_all(next_messages)
 
     def _messages_of(self, events: Sequence[RawRecord]) -> Iterator["_StreamMessage"]:
         """Yield the messages for events of one stream."""
