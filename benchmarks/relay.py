@@ -41,6 +41,7 @@ _NAMES: Final = (BARE, DURABLE, OURS)
 _STREAM: Final = "EVSYS"
 _SUBJECT: Final = "evsys.>"
 _MAX_ROUNDS: Final = 7
+_POLL_SECONDS: Final = 0.005
 _ARRAY_BYTES: Final = 5
 """What the body takes for each payload, and for itself."""
 
@@ -187,7 +188,16 @@ def _append(file: int, data: bytes) -> None:
 
 async def _mirror(url: str, directory: Path) -> None:
     mirror = Mirror(ConnectionConfig(servers=(url,)), directory, stream=_STREAM, subject=_SUBJECT, consumer="mirror")
-    await mirror.run(once=True)
+    loop = asyncio.get_running_loop()
+
+    def stop_at_end() -> None:
+        if mirror.journal.events >= EVENTS:
+            mirror.stop()
+        else:
+            loop.call_later(_POLL_SECONDS, stop_at_end)
+
+    stop_at_end()
+    await mirror.run()  # not `once`, which asks the server whether there is more
     if mirror.journal.events != EVENTS:
         raise RuntimeError(f"{mirror.journal.events} events arrived: {json.dumps(mirror.journal.missing)}")
 

@@ -13,7 +13,8 @@ it. What the server answers decides what happens:
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -60,7 +61,7 @@ class NatsRelayConfig(ConnectionConfig, frozen=True, forbid_unknown_fields=True,
     """Subjects are ``PREFIX.JOURNAL.STREAM``. Journals with the same prefix are mirrored into one; use a prefix for
     each job, or each tenant."""
     create: bool = True
-    """Whether to create the stream if it does not exist."""
+    """Whether to create the stream if it does not exist, for all subjects with the first word of the prefix."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
     """On how many servers a created stream is stored."""
     max_bytes: Annotated[int, msgspec.Meta(ge=1 << 16)] | None = None
@@ -72,7 +73,7 @@ class NatsRelayConfig(ConnectionConfig, frozen=True, forbid_unknown_fields=True,
 
 
 class NatsRelay(Sink):
-    """Sends all streams of the journal. Its parameters are those of `NatsRelayConfig`."""
+    """Sends all streams of the journal to JetStream, for ``evsys-bus mirror``; see `NatsRelayConfig`."""
 
     name: ClassVar[str] = "nats_relay"
     Config: ClassVar[type | None] = NatsRelayConfig
@@ -109,7 +110,7 @@ class NatsRelay(Sink):
         directory = getattr(self.evsys_attached, "directory", None)
         self._journal_id = (await asyncio.to_thread(lambda: JournalReader(directory).id) if directory else "") or "0"
         config = await self._stream_config()
-        _check_stream(self.config.stream, config)
+        _check_stream(self.config, config)
         limits = [_MAX_MESSAGE_BYTES, self._connection.client.max_payload]
         if (config.max_msg_size or -1) > 0:
             limits.append(config.max_msg_size)
@@ -125,15 +126,15 @@ class NatsRelay(Sink):
     async def _stream_config(self) -> Any:
         """Return the settings of the stream, which is created if it is missing and may be."""
         config = self.config
+        subjects = f"{config.subject_prefix.partition('.')[0]}.>"  # so that other jobs can use the stream
         try:
             return (await self._request(self._jetstream.stream_info(config.stream))).config
         except _NoStreamError:
             if not config.create:
-                subject = f"{config.subject_prefix}.>"
-                command = f"nats stream add {config.stream} --subjects '{subject}' --retention work --discard new"
+                command = f"nats stream add {config.stream} --subjects '{subjects}' --retention work --discard new"
                 raise ParkedError(f"{self._where} does not exist", fix=f"{command}; or create: true") from None
         settings = {
-            "subjects": [f"{config.subject_prefix}.>"],
+            "subjects": [subjects],
             "retention": "workqueue",
             "discard": "new",
             "storage": "file",
@@ -145,9 +146,12 @@ class NatsRelay(Sink):
     async def write(self, batch: Sequence[RawRecord]) -> int | None:
         """Send the batch, one message of each stream at a time; returns how many of its events the server has."""
         by_stream: dict[str, list[RawRecord]] = {}
-        for each in batch:
-            if each.sequence > self._sent.get(each.stream, 0):  # else it was stored before an error of another stream
-                by_stream.setdefault(each.stream, []).append(each)
+        for stream, records in groupby(batch, attrgetter("stream")):
+            by_stream.setdefault(stream, []).extend(records)
+        for stream, records in by_stream.items():
+            sent = self._sent.get(stream, 0)
+            if records[0].sequence <= sent:  # it was stored before there was an error of another stream
+                by_stream[stream] = [each for each in records if each.sequence > sent]
         try:
             if not self._connection.is_open:
                 await self.open()
@@ -164,18 +168,19 @@ class NatsRelay(Sink):
         """Send events of several streams, with one message of each under way."""
         remaining = {stream: self._messages_of(events) for stream, events in by_stream.items()}
         while remaining:
-            round_: list[_StreamMessage] = []
+            next_messages: list[_StreamMessage] = []
             for stream, messages in list(remaining.items()):
                 message = next(messages, None)
                 if message is None:
                     del remaining[stream]
                 else:
-                    round_.append(message)
-            if len(round_) == 1:
-                await self._publish(round_[0].stream, round_[0].message)
-                self._note_stored(round_[0])
-            elif round_:
-                await self._publish_all(round_)
+                    next_messages.append(message)
+            if len(next_messages) == 1:
+                [message] = next_messages
+                await self._publish(message.stream, message.message)
+                self._note_stored(message)
+            elif next_messages:
+                await self._publish_all(next_messages)
 
     def _messages_of(self, events: Sequence[RawRecord]) -> Iterator["_StreamMessage"]:
         """Yield the messages for events of one stream."""
@@ -214,8 +219,6 @@ class NatsRelay(Sink):
 
     async def on_idle(self) -> None:
         """Announce the streams that have ended."""
-        if not self._connection.is_open:
-            await self.open()
         await self._announce_endings()
 
     async def close(self) -> None:
@@ -243,6 +246,8 @@ class NatsRelay(Sink):
         for stream, last in candidates.items():
             ending = await asyncio.to_thread(_ending_of, directory, stream, last)
             if ending is not None:
+                if not self._connection.is_open:
+                    await self.open()
                 await self._publish(stream, ending_message(stream, last, ending))
                 self._ended[stream] = last
 
@@ -304,8 +309,15 @@ class _NoStreamError(RetryLaterError):
     """The stream does not exist."""
 
 
-def _check_stream(name: str, config: Any) -> None:
-    """Raise ParkedError if events would be lost with these settings of a stream."""
+def _check_stream(relay: NatsRelayConfig, config: Any) -> None:
+    """Raise ParkedError if events would be lost with these settings of a stream, or not be taken."""
+    name = relay.stream
+    sample = f"{relay.subject_prefix}.journal.stream"
+    if not any(_matches(each, sample) for each in config.subjects or ()):
+        raise ParkedError(
+            f"the stream {name} does not take {relay.subject_prefix}.>, but {', '.join(config.subjects or ())}",
+            fix=f"nats stream edit {name} --subjects ...; or set stream and subject_prefix to those of one stream",
+        )
     expected = {"discard": "new", "retention": "workqueue"}
     why = {
         "discard": "a full stream would drop its oldest messages, and a message larger than it at once",
@@ -320,6 +332,17 @@ def _check_stream(name: str, config: Any) -> None:
             if setting == "retention":
                 fix = f"remove the stream and create it with --retention {flag}, or set `stream` to another one"
             raise ParkedError(f"the stream {name} has {setting} {found}, not {value}: {why[setting]}", fix=fix)
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    """Whether a subject is one of those of a pattern with wildcards."""
+    words = subject.split(".")
+    for index, each in enumerate(pattern.split(".")):
+        if each == ">":
+            return index < len(words)
+        if index == len(words) or each not in {"*", words[index]}:
+            return False
+    return len(pattern.split(".")) == len(words)
 
 
 def _ending_of(directory: str, stream: str, last: int) -> Ending | None:

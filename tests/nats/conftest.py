@@ -7,3 +7,8 @@ from support.nats_server import NatsServer
 def server(tmp_path):
     with NatsServer(tmp_path / "nats") as server:
         yield server
+
+
+@pytest.fixture
+def nats_url(server):
+    return server.url

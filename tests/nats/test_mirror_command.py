@@ -1,4 +1,4 @@
-"""`evsys-bus mirror` as a program of its own, and a trainer whose courier process relays."""
+"""`evsys-bus mirror` as a program of its own, a trainer whose courier process relays, and the relay as any adapter."""
 
 import json
 import signal
@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 
+from evsys_adapters import NatsRelay
 from evsys_bus import Eval, EventBus, build_callbacks
 from evsys_bus.journal import JournalReader
+from evsys_bus.testing import conformance
 from support.journals import read_events, read_records
 from support.programs import EVSYS_BUS
 from support.waiting import wait_until
@@ -46,3 +48,6 @@ def test_a_mirror_without_its_server_ends_with_the_fix_if_it_runs_once(server, t
     assert done.returncode != 0
     assert "cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+test_the_relay_conforms = conformance(lambda folder, nats_url: NatsRelay(servers=[nats_url]))

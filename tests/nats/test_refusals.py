@@ -4,7 +4,9 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 
 import nats
 import nkeys
@@ -13,8 +15,9 @@ import pytest
 from evsys_adapters import NatsRelay
 from evsys_adapters.jetstream.connection import ConnectionConfig
 from evsys_adapters.jetstream.mirror import Mirror
+from evsys_bus import Eval, EventBus
 from evsys_bus.errors import JournalOpenError, ParkedError, RetryLaterError, WrongParamError
-from evsys_bus.journal import JournalWriter
+from evsys_bus.journal import JournalReader, JournalWriter
 from support.couriers import counted, deliver
 from support.nats_server import NatsServer
 
@@ -29,6 +32,7 @@ authorization {
     { user: "mirror", password: "m", permissions: {
         publish: ["$JS.API.CONSUMER.INFO.EVSYS.mirror", "$JS.API.CONSUMER.MSG.NEXT.EVSYS.mirror",
                   "$JS.ACK.EVSYS.mirror.>"], subscribe: ["_INBOX_mirror.>"] } }
+    { user: "reader", password: "x", permissions: { publish: [">"], subscribe: ["_INBOX.>"] } }
     { user: "guest", password: "g", permissions: { publish: ["$JS.API.STREAM.INFO.EVSYS"], subscribe: [">"] } }
   ]
 }
@@ -178,7 +182,14 @@ async def test_a_missing_permission_parks_at_once_with_the_subject(tmp_path, mon
             await relay.write(batch)
         await relay.close()
         assert "does not permit this user to publish to evsys.0.r0-" in caught.value.what.lower()
-        assert "allow the user to publish" in caught.value.fix.lower()
+        assert "allow the user to publish to evsys.0.r0-" in caught.value.fix.lower()
+
+
+async def test_a_mirror_that_may_not_receive_messages_ends_at_once_with_the_subject(tmp_path, monkeypatch):
+    with NatsServer(tmp_path / "nats", ROLES) as server:
+        monkeypatch.setenv("NATS_PASSWORD", "x")
+        with pytest.raises(ParkedError, match=r"subscribe to _inbox_other\."):
+            await mirror_of(server, tmp_path / "mirror", user="reader", inbox_prefix="_INBOX_other").run()
 
 
 def relay_record(sequence):
@@ -192,6 +203,7 @@ def relay_record(sequence):
     [
         ({"discard": "old"}, "nats stream edit EVSYS --discard new"),
         ({"retention": "limits"}, "create it with --retention work"),
+        ({"subjects": ["evsys.*", "other.>"]}, "set stream and subject_prefix to those of one stream"),
         ({"max_msg_size": 1500}, "set max_payload, max_msg_size and max_bytes to 2048 or more"),
     ],
 )
@@ -215,12 +227,38 @@ async def test_a_missing_stream_is_created_only_if_that_is_allowed(server):
     await relay.close()
 
 
+async def test_the_relays_of_two_jobs_share_a_stream_and_each_has_its_mirror(server, tmp_path):
+    for job in ("a", "b"):
+        record(tmp_path / job, 10)
+        await deliver(tmp_path / job, relay_to(server, subject_prefix=f"evsys.team.{job}"))
+    for job in ("a", "b"):
+        config = ConnectionConfig(servers=(server.url,))
+        mirror = Mirror(config, tmp_path / f"mirror-{job}", stream="EVSYS", subject=f"evsys.team.{job}.>")
+        await mirror.run(once=True)
+        assert JournalReader(tmp_path / f"mirror-{job}").streams() == JournalReader(tmp_path / job).streams()
+
+
 async def test_a_server_that_is_not_there_is_retried(server, tmp_path):
     server.kill()
     with pytest.raises(RetryLaterError, match="cannot be reached"):
         await relay_to(server).open()
     with pytest.raises(RetryLaterError, match="cannot be reached"):
         await mirror_of(server, tmp_path / "mirror").run(once=True)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_broker_that_is_away_keeps_no_program_from_ending_and_the_events_stay_pending(tmp_path, is_answered):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"nats://127.0.0.1:{silent.getsockname()[1]}"
+        if is_answered:
+            silent.close()  # nobody listens: the connection is refused
+        bus = EventBus([NatsRelay(servers=[url])], journal=tmp_path / "journal", couriers="thread", drain_timeout=2)
+        with bus:
+            bus.publish(Eval(None, 1, "val", {"accuracy": 0.5}))
+            began = time.monotonic()
+    assert time.monotonic() - began < 8
+    [delivery] = bus.receipt.deliveries
+    assert (delivery.pending, delivery.delivered) == (1, 0)
 
 
 async def test_another_mirror_of_the_same_subject_is_refused(server, tmp_path):

@@ -211,9 +211,10 @@ class JetStreamConnection:
             TimeoutError: `stop` was called.
             AnsweredError: JetStream has answered with an error.
         """
-        self._denied = None
         try:
             async with asyncio.timeout(self._config.timeout_seconds if seconds is None else seconds) as self._deadline:
+                if self._denied is not None:  # reported after an earlier request, which needed no answer
+                    self._end_call()
                 return await request
         except self._errors as error:
             code: object = getattr(error, "err_code", None)
@@ -234,7 +235,8 @@ class JetStreamConnection:
 
     def _denied_error(self) -> ParkedError:
         found = _DENIED.search(self._denied or "")
-        what = f"{found[1]} to {found[2]}" if found else self._denied
+        verb = "subscribe" if found and found[1].lower().startswith("sub") else "publish"
+        what = f"{verb} to {found[2]} (in lower case)" if found else self._denied  # so the client passes it on
         fix = f"allow the user to {what}; docs/scale.md lists the permissions of each role"
         return ParkedError(f"{self.where} does not permit this user to {what}", fix=fix)
 

@@ -11,7 +11,9 @@ Evsys-Ended      ``closed`` or ``gone``: there are no events, since the writer o
 ended without that; FIRST-LAST are those of the last event
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -53,33 +55,23 @@ class ReceivedBatch(msgspec.Struct, frozen=True):
     ending: Ending | None = None
 
 
-def split_into_messages(batch: Sequence[RawRecord], max_body_bytes: int) -> Iterator[Sequence[RawRecord]]:
-    """Split a batch into slices that each fit into one message, or are a single event.
+def split_into_messages(events: Sequence[RawRecord], max_body_bytes: int) -> Iterator[Sequence[RawRecord]]:
+    """Split events into slices of consecutive sequences that each fit into one message, or are a single event.
 
     Args:
-        batch: Events of any streams, each stream's in order; at least one.
+        events: Events of one stream, in order.
         max_body_bytes: The largest body.
     """
-    first, last = batch[0], batch[-1]
-    if (
-        last.sequence - first.sequence + 1 == len(batch)
-        and all(each.stream == first.stream for each in batch)
-        and sum(len(each.payload) + _ARRAY_BYTES for each in batch) + _ARRAY_BYTES <= max_body_bytes
-    ):
-        yield batch  # the usual case, and by far the fastest to check
-        return
-    start = size = 0
-    previous = None
-    for index, each in enumerate(batch):
-        length = len(each.payload) + _ARRAY_BYTES
-        follows = previous is None or (each.stream == previous.stream and each.sequence == previous.sequence + 1)
-        if previous is not None and (not follows or size + length + _ARRAY_BYTES > max_body_bytes):
-            yield batch[start:index]
-            start, size = index, 0
-        size += length
-        previous = each
-    if previous is not None:
-        yield batch[start:]
+    sizes = list(accumulate(len(each.payload) + _ARRAY_BYTES for each in events))
+    start = 0
+    while start < len(events):
+        limit = (sizes[start - 1] if start else 0) + max_body_bytes - _ARRAY_BYTES
+        end = max(start + 1, bisect_right(sizes, limit, start))
+        if events[end - 1].sequence - events[start].sequence != end - 1 - start:
+            pairs = enumerate(pairwise(events[start:end]), start + 1)
+            end = next(index for index, (one, other) in pairs if other.sequence != one.sequence + 1)
+        yield events[start:end]
+        start = end
 
 
 def batch_messages(events: Sequence[RawRecord], after: int, max_body_bytes: int) -> Iterator[Message]:
