@@ -878,6 +878,23 @@ async def test_a_row_that_a_kill_left_open_is_delivered_where_only_the_start_of_
     assert rows(kept) == [(0, LOSS), (1, LOSS), (1, {"late": 1.5}), (2, {"a": 2.0})]
 
 
+async def test_a_row_that_a_kill_left_open_and_its_receiver_rejects_is_a_dead_letter(journal, stream):
+    class Strict(Kept):
+        async def deliver(self, batch, sizes):
+            result = await super().deliver(batch, sizes)
+            for index, each in enumerate(batch):
+                if isinstance(each.event, StepEnd) and each.event.step_idx == 2:
+                    result = BatchResult(result.delivered - 1, {**result.rejected, index: "no such column"})
+            return result
+
+    add_killed_training(stream, 3)
+    courier = await deliver(journal, Strict())
+    [letter] = read_dead_letters(journal)
+    assert (letter["stream"], letter["seq"], letter["why"]) == (stream.name, 6, "no such column")
+    assert letter["event"]["event"]["metrics"] == {"a": 2.0, "b": 2.5}
+    assert counted(courier) == (9, 1, 0)
+
+
 async def test_the_start_of_another_rank_leaves_an_open_row_as_it_is(journal, stream):
     """The ranks of a run start at moments of their own, and their streams come in any order."""
     other, kept = Stream(journal, rank=1), Kept()
