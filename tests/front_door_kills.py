@@ -14,6 +14,7 @@ training that was resumed made its step anew. A history is repeated by its seed,
 import argparse
 import asyncio
 import csv
+import functools
 import importlib
 import json
 import logging
@@ -28,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ from evsys_bus import (
 )
 from evsys_bus.codec import decode
 from evsys_bus.delivery import courier as courier_module
-from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import register
@@ -217,27 +217,35 @@ class Life:
 # -- couriers ---------------------------------------------------------------------------------------------------------
 
 
-def deliver(root: Path, names: list[str], rng: random.Random, kill_after: int | None, wait_for: int | None) -> None:
-    """Run couriers in this process until everything is delivered, or until they are killed in their nth hook.
+def killing(method: Callable[..., Any], calls: Iterator[int]) -> Callable[..., Any]:
+    """Return the method; the process ends after the call that is one too many."""
 
-    ``wait_for`` is a pipe: they do not end before it is closed.
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        if next(calls, None) is None:
+            os._exit(KILLED)
+        return result
+
+    return call
+
+
+def deliver(root: Path, names: list[str], rng: random.Random, kill_after: int | None, wait_for: int | None) -> None:
+    """Run couriers in this process until everything is delivered.
+
+    They are killed after so many calls of their adapters, and do not end before the pipe ``wait_for`` is closed.
     """
     journal = str(root / "journal")
     register(journal, [Subscription(name) for name in ADAPTERS])
     courier_module.COMMIT_SECONDS = rng.choice([0.0, 0.0, 0.2])  # pyright: ignore[reportAttributeAccessIssue]
-    if kill_after is not None:
-        call_hook, calls = CallbackReceiver._call_hook, iter(range(kill_after))
-
-        def counted(self: Any, event: Any) -> Any:
-            if next(calls, None) is None:
-                os._exit(KILLED)
-            return call_hook(self, event)
-
-        CallbackReceiver._call_hook = counted
+    calls = None if kill_after is None else iter(range(kill_after))
     couriers: list[Courier] = []
     for name in names:
         adapter = ADAPTERS[name]()
         adapter.spec_name = name
+        if calls is not None:
+            for method in [each for each in dir(adapter) if each.startswith("on_") or each == "mark"]:
+                setattr(adapter, method, killing(getattr(adapter, method), calls))
         policy = DeliveryPolicy()
         couriers.append(
             Courier(journal, name, adapter, policy, slice_seconds=rng.choice([None, 0.0]), poll_seconds=0.005)
