@@ -450,7 +450,7 @@ class DeliveryStore:
                 return
             event = envelope.event
             if type(event) is StepEnd:
-                if self.rows:
+                if self.rows.have_parts:
                     self.rows.update(envelope)
                 if steps:
                     run, step = envelope.run or "", event.step_idx

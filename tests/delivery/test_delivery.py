@@ -895,6 +895,31 @@ async def test_a_row_that_a_kill_left_open_and_its_receiver_rejects_is_a_dead_le
     assert counted(courier) == (9, 1, 0)
 
 
+async def test_a_part_that_is_recorded_after_its_row_by_another_thread_is_no_row_of_its_own(journal, stream):
+    """Unless it has something that the row has not, as a part that was logged after its row."""
+    stream.add(Metrics(stream.state, 1, {"a": 1.0}))
+    stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))
+    stream.add(Metrics(stream.state, 1, {"b": 1.5}))
+    kept = Kept()
+    await deliver(journal, kept)
+    stream.add(Metrics(stream.state, 2, {"a": 2.0}))
+    stream.add(StepEnd(stream.state, 2, TrainingBatch(), {"a": 2.0}))
+    stream.add(Metrics(stream.state, 2, {"c": 2.5}))
+    stream.writer.close()
+    await deliver(journal, kept)
+    assert rows(kept) == [(1, {"a": 1.0, "b": 1.5}), (2, {"a": 2.0}), (2, {"c": 2.5})]
+
+
+async def test_such_a_part_before_the_end_of_a_stream_is_no_row_of_its_own(journal, stream):
+    stream.add(Metrics(stream.state, 1, {"a": 1.0}))
+    stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))
+    stream.add(Metrics(stream.state, 1, {"b": 1.5}))
+    stream.writer.close()
+    kept = Kept()
+    await deliver(journal, kept)
+    assert rows(kept) == [(1, {"a": 1.0, "b": 1.5})]
+
+
 async def test_the_start_of_another_rank_leaves_an_open_row_as_it_is(journal, stream):
     """The ranks of a run start at moments of their own, and their streams come in any order."""
     other, kept = Stream(journal, rank=1), Kept()
