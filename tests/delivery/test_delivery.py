@@ -920,6 +920,22 @@ async def test_such_a_part_before_the_end_of_a_stream_is_no_row_of_its_own(journ
     assert rows(kept) == [(1, {"a": 1.0, "b": 1.5})]
 
 
+def test_a_row_is_not_left_open_if_another_process_goes_on_in_the_stream_while_it_is_read(journal):
+    killed = Stream(journal)
+    killed.steps(0, 1)
+    killed.writer.close()
+    options = {"disk": OsDisk(), "clock": OsClock(), "faults": FaultLog()}
+    source, batch = EventSource(str(journal), Cursor(), ranks=None, **options), Batch()
+    assert source.read_batch(batch, 1, 1 << 20) == "full"
+    going_on = Stream(journal)
+    assert going_on.name == killed.name
+    going_on.add(Metrics(going_on.state, 2, {"a": 2.0}))
+    source.read_batch(batch, 100, 1 << 20)
+    assert (len(batch.items), batch.ended) == (3, [])
+    going_on.writer.close()
+    source.close()
+
+
 async def test_the_start_of_another_rank_leaves_an_open_row_as_it_is(journal, stream):
     """The ranks of a run start at moments of their own, and their streams come in any order."""
     other, kept = Stream(journal, rank=1), Kept()
