@@ -92,8 +92,8 @@ class Batch:
         if not (source.contexts.has_parts and source.is_finished):
             return "dry"
         source.check_writer()  # reading may have taken long, and another process may go on in the stream since
-        if source.is_live:
-            source.is_finished = False
+        if source.is_live or source.may_have_more():
+            source.is_finished = source.is_exhausted = False
             return "dry"
         source.contexts.has_parts = False
         self.ended.append(EndedRows(source.stream))
