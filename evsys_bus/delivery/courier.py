@@ -20,6 +20,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.delivery_store import DeliveryStore
+from evsys_bus.delivery.open_rows import MergedRow
 from evsys_bus.delivery.progress import PendingCounter
 from evsys_bus.delivery.receiver import HasFailureCounts, Receiver, confirm_deliveries, unconfirmed_status
 from evsys_bus.delivery.source import Batch, EventSource
@@ -456,13 +457,19 @@ class Courier:
             self._store.has_changes = True
 
     async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
-        """Deliver events that are not counted, because they repeat or complete others; a rejected one is logged."""
+        """Deliver events that are not counted, because they repeat or complete others.
+
+        A rejected start is logged; a rejected row is a dead letter, which its last part is counted as.
+        """
         offset = 0
         while offset < len(envelopes):
             part = envelopes[offset : offset + self._receiver.max_events]
             result = await self._receiver.deliver(part, [0] * len(part))
-            for why in result.rejected.values():
-                self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
+            for index, why in result.rejected.items():
+                if isinstance(part[index], MergedRow):
+                    self._store.reject_row(part[index], why)
+                else:
+                    self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
             offset += max(1, result.handled)
 
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:

@@ -269,6 +269,17 @@ class DeliveryStore:
             self._log_dead_letter(record.stream, record.sequence, record.why)
         self._advance(record.stream, record.sequence, 0, 1)
 
+    def reject_row(self, row: Envelope, why: str) -> None:
+        """Record a dead letter for a row that was made of its parts; the last of them is counted as dead."""
+        if self._persistent:
+            self._dead_letters.add(row.stream, row.seq, why, row)
+            self._log_dead_letter(row.stream, row.seq, why)
+        position = self.cursor.position(row.stream)
+        is_counted = position.delivered > 0
+        self.cursor.streams[row.stream] = Position(
+            position.sequence, position.delivered - is_counted, position.dead + is_counted
+        )
+
     @property
     def is_full(self) -> bool:
         """Whether so many dead letters wait for the disk that the delivery has to wait too."""
@@ -444,7 +455,7 @@ class DeliveryStore:
                 return
             event = envelope.event
             if type(event) is StepEnd:
-                if self.rows:
+                if self.rows.have_parts:
                     self.rows.update(envelope)
                 if steps:
                     run, step = envelope.run or "", event.step_idx

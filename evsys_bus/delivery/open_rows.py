@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple, cast
 from evsys_bus.codec import decode
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart, event_tag
+from evsys_bus.events import Envelope, Metrics, RunEnd, StepEnd, TrainStart, event_tag
 from evsys_bus.journal import JournalReader, layout
 
 _TAGS: Final = tuple(event_tag(each).encode() for each in (Metrics, StepEnd, TrainStart))
@@ -31,6 +31,13 @@ class OpenRows:
     def __init__(self) -> None:
         self._rows: Final[dict[tuple[str, str], _OpenRow]] = {}
         """By stream and run; a run has one open row at most, since the row before is published first."""
+        self._complete: Final[dict[tuple[str, str], tuple[int, dict[str, Any]]]] = {}
+        """Likewise, step and metrics of the newest complete row of each run that logs in parts."""
+
+    @property
+    def have_parts(self) -> bool:
+        """Whether rows are logged in parts, so that complete ones matter."""
+        return bool(self._rows or self._complete)
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -38,24 +45,40 @@ class OpenRows:
     def update(self, envelope: Envelope) -> None:
         """Add a part, remove a row that was published whole, or the rows of steps that a resumed training repeats."""
         event, key = envelope.event, (envelope.stream, envelope.run or "")
-        row = self._rows.get(key)
         if isinstance(event, Metrics):
-            if row is not None and event.step_idx < row.step:
-                return  # recorded late by another thread: it is in the row that was published before
-            if row is None or row.step != event.step_idx:
-                row = self._rows[key] = _OpenRow(envelope, event.step_idx)
-            row.metrics.update(event.metrics)
-            row.last_part = envelope
+            self._add_part(key, envelope, event)
         elif isinstance(event, StepEnd):
-            if row is not None and row.step == event.step_idx:
+            row = self._rows.get(key)
+            is_open_row = row is not None and row.step == event.step_idx
+            if is_open_row:
                 del self._rows[key]
+            if is_open_row or key in self._complete:
+                self._complete[key] = event.step_idx, event.metrics
         elif isinstance(event, TrainStart):
-            first_step: Any = event.state.step
-            rank = layout.rank_of(envelope.stream)
-            for each in [*self._rows]:  # also of an earlier process of this rank
-                is_of_run = each[1] == key[1] and layout.rank_of(each[0]) == rank
-                if is_of_run and type(first_step) is int and self._rows[each].step >= first_step:
-                    del self._rows[each]
+            self._remove_void(key, event.state.step)
+        elif isinstance(event, RunEnd):
+            self._complete.pop(key, None)
+
+    def _add_part(self, key: tuple[str, str], envelope: Envelope, part: Metrics) -> None:
+        row = self._rows.get(key)
+        if row is not None and part.step_idx < row.step:
+            return  # recorded late by another thread: it is in the row that was published before
+        if row is None or row.step != part.step_idx:
+            complete = self._complete.get(key)
+            if complete is not None and complete[0] == part.step_idx and part.metrics.items() <= complete[1].items():
+                return  # likewise, and no part of another step was
+            row = self._rows[key] = _OpenRow(envelope, part.step_idx)
+        row.metrics.update(part.metrics)
+        row.last_part = envelope
+
+    def _remove_void(self, key: tuple[str, str], first_step: Any) -> None:
+        """Remove the rows of a run that its training makes anew, also those of an earlier process of this rank."""
+        self._complete.pop(key, None)
+        rank = layout.rank_of(key[0])
+        for each in [*self._rows]:
+            is_of_run = each[1] == key[1] and layout.rank_of(each[0]) == rank
+            if is_of_run and type(first_step) is int and self._rows[each].step >= first_step:
+                del self._rows[each]
 
     def restore(self, reader: JournalReader, stream: str, first: int, last: int) -> None:
         """Read the events of a stream from ``first`` to ``last`` again."""

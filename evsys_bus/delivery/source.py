@@ -91,6 +91,10 @@ class Batch:
         """Take note that a stream was read to its end, which matters if its writer has ended in the middle of a row."""
         if not (source.contexts.has_parts and source.is_finished):
             return "dry"
+        source.check_writer()  # reading may have taken long, and another process may go on in the stream since
+        if source.is_live or source.may_have_more():
+            source.is_finished = source.is_exhausted = False
+            return "dry"
         source.contexts.has_parts = False
         self.ended.append(EndedRows(source.stream))
         self.is_closed = True

@@ -881,6 +881,64 @@ async def test_a_row_that_a_kill_left_open_is_delivered_where_only_the_start_of_
     assert rows(kept) == [(0, LOSS), (1, LOSS), (1, {"late": 1.5}), (2, {"a": 2.0})]
 
 
+async def test_a_row_that_a_kill_left_open_and_its_receiver_rejects_is_a_dead_letter(journal, stream):
+    class Strict(Kept):
+        async def deliver(self, batch, sizes):
+            result = await super().deliver(batch, sizes)
+            for index, each in enumerate(batch):
+                if isinstance(each.event, StepEnd) and each.event.step_idx == 2:
+                    result = BatchResult(result.delivered - 1, {**result.rejected, index: "no such column"})
+            return result
+
+    add_killed_training(stream, 3)
+    courier = await deliver(journal, Strict())
+    [letter] = read_dead_letters(journal)
+    assert (letter["stream"], letter["seq"], letter["why"]) == (stream.name, 6, "no such column")
+    assert letter["event"]["event"]["metrics"] == {"a": 2.0, "b": 2.5}
+    assert counted(courier) == (9, 1, 0)
+
+
+async def test_a_part_that_is_recorded_after_its_row_by_another_thread_is_no_row_of_its_own(journal, stream):
+    """Unless it has something that the row has not, as a part that was logged after its row."""
+    stream.add(Metrics(stream.state, 1, {"a": 1.0}))
+    stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))
+    stream.add(Metrics(stream.state, 1, {"b": 1.5}))
+    kept = Kept()
+    await deliver(journal, kept)
+    stream.add(Metrics(stream.state, 2, {"a": 2.0}))
+    stream.add(StepEnd(stream.state, 2, TrainingBatch(), {"a": 2.0}))
+    stream.add(Metrics(stream.state, 2, {"c": 2.5}))
+    stream.writer.close()
+    await deliver(journal, kept)
+    assert rows(kept) == [(1, {"a": 1.0, "b": 1.5}), (2, {"a": 2.0}), (2, {"c": 2.5})]
+
+
+async def test_such_a_part_before_the_end_of_a_stream_is_no_row_of_its_own(journal, stream):
+    stream.add(Metrics(stream.state, 1, {"a": 1.0}))
+    stream.add(StepEnd(stream.state, 1, TrainingBatch(), {"a": 1.0, "b": 1.5}))
+    stream.add(Metrics(stream.state, 1, {"b": 1.5}))
+    stream.writer.close()
+    kept = Kept()
+    await deliver(journal, kept)
+    assert rows(kept) == [(1, {"a": 1.0, "b": 1.5})]
+
+
+def test_a_row_is_not_left_open_if_another_process_goes_on_in_the_stream_while_it_is_read(journal):
+    killed = Stream(journal)
+    killed.steps(0, 1)
+    killed.writer.close()
+    options = {"disk": OsDisk(), "clock": OsClock(), "faults": FaultLog()}
+    source, batch = EventSource(str(journal), Cursor(), ranks=None, **options), Batch()
+    assert source.read_batch(batch, 1, 1 << 20) == "full"
+    going_on = Stream(journal)
+    assert going_on.name == killed.name
+    going_on.add(Metrics(going_on.state, 2, {"a": 2.0}))
+    source.read_batch(batch, 100, 1 << 20)
+    assert (len(batch.items), batch.ended) == (3, [])
+    going_on.writer.close()
+    source.close()
+
+
 async def test_the_start_of_another_rank_leaves_an_open_row_as_it_is(journal, stream):
     """The ranks of a run start at moments of their own, and their streams come in any order."""
     other, kept = Stream(journal, rank=1), Kept()
