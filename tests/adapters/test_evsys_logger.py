@@ -605,7 +605,8 @@ def test_offline_sends_nothing_and_owes_nothing_and_replay_sends_it_one_day(tmp_
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal") as bus:
         train(bus, LoopState(0, 3, tmp_path / "run"))
     [delivery] = bus.receipt.deliveries
-    assert (delivery.complete, delivery.owed, server.request_count) == (True, 0, 0)
+    assert (delivery.delivered, delivery.waiting, delivery.owed, server.request_count) == (0, delivery.recorded, 0, 0)
+    assert (delivery.unfinished, delivery.fix) == (False, f"evsys-bus replay {tmp_path / 'journal'} --to evsys_logger")
     monkeypatch.delenv("EVSYS_OFFLINE")
     monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
     command = [
