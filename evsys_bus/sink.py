@@ -109,6 +109,8 @@ class Sink(Adapter):
     """Size of the encoded events; a single event that is larger is a batch by itself."""
     max_batch_seconds: float = 0.5
     """How long the first event of a batch waits for more."""
+    first_at_once: bool = False
+    """Whether an event does not wait where the last batch was that long ago; else as long as is left of that time."""
     write_timeout_seconds: float = 60.0
     """An `open` or `write` that takes longer is cancelled and retried; one that ignores the cancellation is
     abandoned."""

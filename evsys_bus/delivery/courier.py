@@ -8,6 +8,7 @@ receiver's mark, then writes one cursor file with both. Errors of the adapter ar
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -121,6 +122,7 @@ class Courier:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
         self._idle_scope: asyncio.Timeout | None = None
+        self._last_batch_at = -math.inf
         self._commit_due = 0.0
         self._commit_failed = False
         self._failed_marks = 0
@@ -349,7 +351,7 @@ class Courier:
                 await self._pause(is_finishing=include_idle)
                 continue
             was_exhausted = False
-            remaining = began + receiver.max_seconds - clock.monotonic()
+            remaining = self._batch_began(began) + receiver.max_seconds - clock.monotonic()
             if read_result != "full" and remaining > 0 and not (read_result == "dry" and include_idle):
                 await asyncio.sleep(
                     min(remaining, self._poll_seconds) if read_result == "dry" else self._slice_seconds or 0.0
@@ -357,6 +359,7 @@ class Courier:
                 continue
             is_closed = batch.is_closed
             if not batch.is_empty():
+                self._last_batch_at = clock.monotonic()
                 await self._deliver_batch(batch)
             if batch.corrupt_record is not None and not batch.items:
                 store.reject_corrupt(batch.corrupt_record)
@@ -369,6 +372,10 @@ class Courier:
                 if not self._failed_marks:
                     self._set_problem(None)
             await asyncio.sleep(self._slice_seconds or 0.0)
+
+    def _batch_began(self, first_event_at: float) -> float:
+        """Return from when on a batch takes `max_batch_seconds`: from its first event, or from the last batch on."""
+        return self._last_batch_at if self._sink is not None and self._sink.first_at_once else first_event_at
 
     async def _settle_waiting(self) -> None:
         """Let the sink deliver what waits, if its destination is there by now."""

@@ -605,8 +605,8 @@ def test_offline_events_wait_and_are_not_owed_and_replay_sends_them_one_day(tmp_
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal") as bus:
         train(bus, LoopState(0, 3, tmp_path / "run"))
     [delivery] = bus.receipt.deliveries
-    assert (delivery.unfinished, delivery.owed, delivery.delivered, server.request_count) == (False, 0, 0, 0)
-    assert delivery.waiting == delivery.recorded > 0
+    assert (delivery.delivered, delivery.waiting, delivery.owed, server.request_count) == (0, delivery.recorded, 0, 0)
+    assert (delivery.unfinished, delivery.fix) == (False, f"evsys-bus replay {tmp_path / 'journal'} --to evsys_logger")
     monkeypatch.delenv("EVSYS_OFFLINE")
     monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
     command = [

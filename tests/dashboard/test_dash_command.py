@@ -178,6 +178,8 @@ def test_a_dashboard_that_starts_imports_the_runs_that_it_is_given(home, tmp_pat
         process.terminate()
 
 
+@pytest.mark.long
+@pytest.mark.timeout(90)
 def test_what_a_run_records_after_the_dashboard_was_stopped_is_there_when_it_is_started_again(dashboard, tmp_path):
     folder = tmp_path / "sweep"
     ctx = LogContext(folder, run_key="low-s0", config={"name": "sweep"})
@@ -199,7 +201,7 @@ def test_what_a_run_records_after_the_dashboard_was_stopped_is_there_when_it_is_
         try:
             process.stdout.readline()
             wait_until(lambda: experiments()[0]["state"] == "completed")
-            wait_until(lambda: waiting_events(folder) == (44, 0))
+            wait_until(lambda: waiting_events(folder) == (44, 0), 40)
         finally:
             process.terminate()
     check_database(tmp_path / "data" / "evsys-bus" / "dashboard.sqlite", folder / "journal")

@@ -5,13 +5,14 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evsys_bus import Eval, EventBus
+from evsys_bus import Eval, EventBus, LoopState, StepEnd
 from evsys_bus.delivery.sink_receiver import (
     MAX_ABANDONED_CALLS,
     MAX_CONSECUTIVE_DEAD,
@@ -21,7 +22,7 @@ from evsys_bus.delivery.sink_receiver import (
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.sink import BatchResult, Sink
-from support.waiting import wait_until_async
+from support.waiting import wait_until, wait_until_async
 
 
 class SinkTested(Event, frozen=True):
@@ -673,3 +674,24 @@ async def test_what_a_write_says_that_was_judged_late_counts_for_nothing():
     await asyncio.wait([taking])
     assert receiver.interrupted_result() is None
     await receiver.close()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_sink_may_have_an_event_at_once_where_the_last_batch_is_long_ago(tmp_path, at_once):
+    class Viewed(Sink):
+        max_batch_seconds = 0.6
+        first_at_once = at_once
+
+        def __init__(self):
+            self.seconds = []
+
+        async def write(self, batch):
+            self.seconds += [time.time() - each.time for each in batch if isinstance(each.event, StepEnd)]
+
+    sink = Viewed()
+    with EventBus([sink], journal=tmp_path / "journal") as bus:
+        for step in (0, 1, 2):
+            bus.publish(StepEnd(LoopState(step, 3, tmp_path), step, metrics={"loss": 1.0}))
+            wait_until(lambda: len(sink.seconds) > step)  # noqa: B023 # called before the next turn
+            time.sleep(0.7)
+    assert (max(sink.seconds) < 0.6) is at_once, sink.seconds

@@ -134,5 +134,5 @@ def test_what_waits_for_its_destination_is_not_delivered_and_names_the_command()
         "csv            45 delivered",
         "evsys_logger   0 delivered, 45 waiting   no dashboard is running   fix: evsys-bus dash",
     ]
-    assert Table(receipt._repr_html_()).rows[2][:3] == ["evsys_logger", "0", "45"]
+    assert Table(notebook_page(receipt)).rows[2][:3] == ["evsys_logger", "0", "45"]
     assert (waiting.complete, waiting.unfinished, waiting.last_error) == (False, False, None)

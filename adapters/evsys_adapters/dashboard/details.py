@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from evsys_adapters.dashboard.database import Database
+from evsys_adapters.dashboard.records import NewIds
 from evsys_adapters.dashboard.series import EPOCH
 from evsys_adapters.dashboard.values import json_text
 from evsys_bus.reading import JOURNAL
@@ -75,7 +76,7 @@ class Details:
 
     def __init__(self, database: Database) -> None:
         self._database: Final = database
-        self._next_ids: Final[dict[str, int]] = {}
+        self._new_ids: Final = NewIds(database)
         self._counts: Final[dict[tuple[int, str], int]] = {}
         self._changed_counts: Final[set[tuple[int, str]]] = set()
         self._texts: Final[dict[tuple[int, str], tuple[int, str]]] = {}
@@ -141,7 +142,7 @@ class Details:
         """
         self._database.execute(
             "INSERT INTO content (id, run, rank, step, name, kind, time, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            *(self._next_id("content"), run, rank, step, str(item.get("name")), str(item.get("kind")), time),
+            *(self._new_ids.take("content"), run, rank, step, str(item.get("name")), str(item.get("kind")), time),
             json_text({**item, "folder": folder}),
         )
 
@@ -165,7 +166,7 @@ class Details:
         """Add an alert."""
         self._database.execute(
             "INSERT INTO alert (id, run, level, title, body, time) VALUES (?, ?, ?, ?, ?, ?)",
-            *(self._next_id("alert"), run, level, title, text, time),
+            *(self._new_ids.take("alert"), run, level, title, text, time),
         )
 
     def alerts(self, runs: Sequence[int], limit: int = 200) -> list[Alert]:
@@ -276,13 +277,6 @@ class Details:
             self._database.execute(f"DELETE FROM {table} WHERE owner = ?", owner)  # noqa: S608 # our own names
         for key in [key for key in self._counts if key[0] == owner]:
             del self._counts[key]
-
-    def _next_id(self, table: str) -> int:
-        known = self._next_ids.get(table)
-        if known is None:
-            known = int(self._database.query(f"SELECT COALESCE(MAX(id), 0) FROM {table}")[0][0])  # noqa: S608 # our own names
-        self._next_ids[table] = known + 1
-        return known + 1
 
 
 def journal_in(folder: str) -> str:

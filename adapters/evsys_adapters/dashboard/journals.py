@@ -96,7 +96,7 @@ def read_batches(journal: str | os.PathLike[str], watermark: Callable[[str], int
         JournalVersionError: A newer version has written a part of it.
     """
     reader = JournalReader(journal)
-    known = {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
+    known = _watermarks(reader, watermark)
     total = 0
     with suppress(OSError):  # only progress needs it
         total = _count_missing(reader, known)
@@ -146,8 +146,13 @@ def has_missing(journal: str | os.PathLike[str], watermark: Callable[[str], int]
         OSError: It cannot be read.
     """
     reader = JournalReader(journal)
-    known = {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
+    known = _watermarks(reader, watermark)
     return _count_missing(reader, known) > 0
+
+
+def _watermarks(reader: JournalReader, watermark: Callable[[str], int]) -> dict[str, int]:
+    """Return what a database has of each stream."""
+    return {stream: watermark(stream) for family in _FAMILIES for stream in reader.streams(family)}
 
 
 def _count_missing(reader: JournalReader, watermarks: Mapping[str, int]) -> int:

@@ -187,6 +187,22 @@ def run_seconds(run: RunRecord, now: float) -> float | None:
     return None if end is None else max(0.0, end - run.started)
 
 
+class NewIds:
+    """New primary keys of tables that no other process writes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database: Final = database
+        self._last: Final[dict[str, int]] = {}
+
+    def take(self, table: str) -> int:
+        """Return a new key."""
+        last = self._last.get(table)
+        if last is None:
+            last = int(self._database.query(f"SELECT COALESCE(MAX(id), 0) FROM {table}")[0][0])  # noqa: S608 # our own names
+        self._last[table] = last + 1
+        return last + 1
+
+
 class Records:
     """The records of one database. Changes are written by `flush`."""
 
@@ -199,15 +215,11 @@ class Records:
         self._changed_runs: Final[set[int]] = set()
         self._changed_progress: Final[set[int]] = set()
         self._versions: Final[dict[int, int]] = {}
-        self._next_ids: Final[dict[str, int]] = {}
+        self._new_ids: Final = NewIds(database)
 
     def next_id(self, table: str) -> int:
         """Return a new primary key for a table."""
-        known = self._next_ids.get(table)
-        if known is None:
-            known = int(self._database.query(f"SELECT COALESCE(MAX(id), 0) FROM {table}")[0][0])  # noqa: S608 # our own names
-        self._next_ids[table] = known + 1
-        return known + 1
+        return self._new_ids.take(table)
 
     def find(self, kind: str, name: str) -> int | None:
         """Return the id behind a name, or None."""

@@ -271,6 +271,15 @@ class SeriesStore:
         series = [self._find(each) or Series(each, 0, 0, "", scale=0, is_new=True) for each in ids]
         return read_columns(self._database, series, first=first, last=last, buckets=buckets, width=width)
 
+    def counts(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Return how many finite and how many other values each of these series has in all."""
+        self._apply()
+        found: list[tuple[int, int]] = []
+        for each in (self._find(id_) or Series(id_, 0, 0, "", scale=0, is_new=True) for id_ in ids):
+            records = [each.record(self._database, number) for number in each.numbers(self._database)]
+            found.append((sum(record.finite for record in records), sum(record.bad for record in records)))
+        return found
+
     def wall_times(
         self, run: int, first: int | None = None, last: int | None = None, width: int = 1
     ) -> tuple[Any, Any]:  # arrays of numpy, which this module does not import

@@ -46,7 +46,7 @@ IDLE_SECONDS: Final = 2.0
 """How often a dashboard is looked for, and how often what couriers publish is sent."""
 IMPORT_POLL_SECONDS: Final = 0.25
 LIVE_BATCH_SECONDS: Final = 0.1
-"""How long an event waits for more of the same batch: viewers see it within a third of a second."""
+"""Between two batches, while events come faster: viewers see each within a third of a second."""
 _COMPRESSED_FROM_BYTES: Final = 1024
 _MAX_PART_BYTES: Final = 1 << 20
 """Size of a request with events of couriers."""

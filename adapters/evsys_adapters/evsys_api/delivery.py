@@ -183,6 +183,7 @@ class EvsysSink(Sink):
                 self._target = "dashboard" if await self._open_dashboard().is_dashboard() else "hosted"
             if self._target == "dashboard":
                 self.max_batch_seconds = LIVE_BATCH_SECONDS
+                self.first_at_once = True
         return self._target
 
     def _forget_target(self) -> None:

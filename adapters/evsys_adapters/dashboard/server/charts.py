@@ -26,8 +26,6 @@ Axis: TypeAlias = Literal["step", "relative", "wall"]
 
 MAX_CHARTS: Final = 100
 _MAX_BUCKETS: Final = 5_000
-_ALL_STEPS: Final = 1 << 54
-"""A width that takes all steps of a series into one bucket or two."""
 _LIVE_EDGE_SHARE: Final = 4
 """The last bucket of a run under way is left out while it has less than this part of the points of the one before."""
 
@@ -139,12 +137,11 @@ def read_chart(store: Store, experiment: str, query: ChartQuery, width: int | No
     members = find_members(store, experiment, query)
     ids = [each.series for each in members]
     found = store.series.read(ids, first=query.first, last=query.last, buckets=query.buckets, width=width)
-    wholes = store.series.read(ids, width=_ALL_STEPS).lines
     drawn: list[Drawn] = []
-    for member, line, whole in zip(members, found.lines, wholes, strict=True):
+    for member, line, (points, bad) in zip(members, found.lines, store.series.counts(ids), strict=True):
         curve = _curve(line, found.width, is_running=member.is_running)
         last = float(line.x[-1]) if len(line.x) else None
-        drawn.append(Drawn(member, curve, last, int(whole.count.sum()), int(whole.bad.sum())))
+        drawn.append(Drawn(member, curve, last, points, bad))
     clocks = (
         {} if query.x == "step" else {each.run: _read_clock(store, each.run, query, found.width) for each in members}
     )

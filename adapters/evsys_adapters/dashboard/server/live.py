@@ -57,8 +57,8 @@ class LiveLimits(msgspec.Struct, frozen=True):
     """Frames that each topic keeps."""
     ring_bytes: int = 2 << 20
     """Of these frames together, besides the last one."""
-    chart_seconds: float = 0.1
-    """Between two frames of a chart."""
+    chart_seconds: float = 0.08
+    """Between two frames of a chart; less than what clients leave between two batches, so that none waits for it."""
     page_seconds: float = 0.5
     """Between two frames of another topic."""
     refresh_seconds: float = 30.0
@@ -261,6 +261,7 @@ class LiveHub:
                 await self._wakeup.wait()
             self._wakeup = anyio.Event()
             self._busy_seconds = 0.0
+            began = self._clock()
             try:
                 await self._tick()
             except AnswerError as error:  # the database cannot be used now; the topics stay marked
@@ -271,7 +272,8 @@ class LiveHub:
                 await anyio.sleep(1.0)
             # Batches that arrive together become one frame.
             seconds = self._busy_seconds
-            await anyio.sleep(max(self._limits.chart_seconds, seconds / self._limits.max_share - seconds))
+            left = began + self._limits.chart_seconds - self._clock()
+            await anyio.sleep(max(0.0, left, seconds / self._limits.max_share - seconds))
 
     async def _tick(self) -> None:
         now = self._clock()

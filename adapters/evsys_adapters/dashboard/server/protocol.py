@@ -52,10 +52,27 @@ class _Timer:
             self._handle = None
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with deadlines. `http_protocol` makes the class for one server."""
+class BoundedWriting(asyncio.Protocol):
+    """Cuts the connection of a client that does not read."""
 
     limits: ClassVar[ConnectionLimits]
+    transport: asyncio.Transport
+    _write_timer: _Timer
+
+    def pause_writing(self) -> None:
+        """Start the deadline of a client that does not read."""
+        super().pause_writing()
+        self._write_timer.start(self.limits.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop it."""
+        self._write_timer.cancel()
+        super().resume_writing()
+
+
+class BoundedHttpProtocol(BoundedWriting, HttpToolsProtocol):
+    """HTTP/1.1 with deadlines. `http_protocol` makes the class for one server."""
+
     idle: ClassVar[dict["BoundedHttpProtocol", None]]
     """Connections without a request to respond to, in the order in which they became idle."""
 
@@ -147,16 +164,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._release()
         super().handle_websocket_upgrade()
 
-    def pause_writing(self) -> None:
-        """Start the deadline of a client that does not read."""
-        super().pause_writing()
-        self._write_timer.start(self.limits.write_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Stop it."""
-        self._write_timer.cancel()
-        super().resume_writing()
-
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection also where its client has not read the last response."""
         self.close()
@@ -210,10 +217,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.close()
 
 
-class BoundedWebSocketProtocol(WebSocketsSansIOProtocol):
+class BoundedWebSocketProtocol(BoundedWriting, WebSocketsSansIOProtocol):
     """A WebSocket that is cut where its client does not read. `websocket_protocol` makes the class for one server."""
-
-    limits: ClassVar[ConnectionLimits]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Prepare the deadlines."""
@@ -224,16 +229,6 @@ class BoundedWebSocketProtocol(WebSocketsSansIOProtocol):
         """Stop them."""
         self._write_timer.cancel()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """Start the deadline of a client that does not read."""
-        super().pause_writing()
-        self._write_timer.start(self.limits.write_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Stop it."""
-        self._write_timer.cancel()
-        super().resume_writing()
 
     async def send(self, message: ASGISendEvent) -> None:
         """Send; a handshake that was refused is complete with the response, and no error of the application."""
