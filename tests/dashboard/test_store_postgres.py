@@ -2,17 +2,21 @@
 
 import os
 import random
+from contextlib import closing
 
 import psycopg
 import pytest
 
 from evsys_adapters.dashboard.database import StoreError
 from evsys_adapters.dashboard.database_postgres import PostgresDatabase
+from evsys_adapters.dashboard.journals import import_journal
+from evsys_adapters.dashboard.pages import experiment, home
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.store_reader import StoreReader
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
 from support.point_stores import StepPoints, differing, encoded_steps, info_of, points_of
+from support.recorded_runs import record_run
 from support.steps import step_end
 
 pytestmark = pytest.mark.servers
@@ -188,6 +192,30 @@ def test_one_call_of_a_reader_reads_one_state(writer_and_reader):
             writer.series.remove(1)
         assert reader.series.names(1) == before
         assert points_of(reader, before[0].id) == dict.fromkeys(range(10), 0.5)
+
+
+def test_journals_move_from_sqlite_to_postgres_and_back(url, tmp_path):
+    for name in ("a", "b"):
+        record_run(tmp_path / "runs" / name, config={"arm": name}, evals={1: 0.5})
+    shown = []
+    for location in (tmp_path / "old.sqlite", url, tmp_path / "new.sqlite"):
+        with closing(Store.open(location)) as store:
+            assert import_journal(store, tmp_path / "runs").unreadable == 0
+            assert import_journal(store, tmp_path / "runs").events == 0
+            (row,) = home(store, 2e9)["experiments"]
+            page = experiment(store, row["id"], 2e9)
+            shown.append(
+                (
+                    row,
+                    page,
+                    [run_points(store, run) for run in (1, 2)],
+                )
+            )
+    assert shown[0] == shown[1] == shown[2]
+
+
+def run_points(store, run):
+    return {info.name: points_of(store, info.id) for info in store.series.names(run)}
 
 
 def test_a_database_that_no_writer_has_created_cannot_be_read(url):

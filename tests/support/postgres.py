@@ -99,10 +99,12 @@ class PostgresServer:
 def running_server() -> Iterator[PostgresServer]:
     """A server that runs within the block."""
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # the path of a socket has 107 bytes at most
-    server = PostgresServer(folder)
     try:
-        server.start()
-        yield server
+        server = PostgresServer(folder)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
     finally:
-        server.stop()
         shutil.rmtree(folder, ignore_errors=True)

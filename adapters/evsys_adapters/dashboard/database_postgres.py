@@ -26,13 +26,20 @@ _DEFAULTS: Final[dict[str, str]] = {
     "application_name": "evsys-bus dashboard",
     "client_encoding": "UTF8",
     "connect_timeout": "5",
-    # a server that has gone without a word is noticed within half a minute
+    # a server that has gone without a word is noticed within half a minute; the other way round see `_SESSION`
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
     "tcp_user_timeout": "30000",
 }
 """Options of a connection that its URL may replace."""
+_SESSION: Final = {
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""Settings of the writer's session, so that its lock ends half a minute after its machine is gone."""
 
 
 class PostgresDatabase(NestedTransactions):
@@ -63,6 +70,8 @@ class PostgresDatabase(NestedTransactions):
                 self.execute("SET synchronous_commit = on")  # what is committed survives a power cut
             [(self._channel,)] = self.query("SELECT 'evsys_' || md5(current_schema())")
             if is_writer:
+                for name, value in _SESSION.items():
+                    self.execute("SELECT set_config(?, ?, FALSE)", name, value)
                 self._check_privileges()
                 self._acquire_lock()
             else:

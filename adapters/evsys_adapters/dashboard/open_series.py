@@ -1,8 +1,9 @@
-"""One series in memory: which chunks it has, those that the database lacks, and its summary."""
+"""One series in memory: which chunks it has, those that the database lacks, its summary, and changes that wait."""
 
 import struct
+from array import array
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from evsys_adapters.dashboard.chunks import RECORD, Chunk, Record, merge, reported_damage, unpack_points
 from evsys_adapters.dashboard.database import Database, Row
@@ -187,3 +188,32 @@ class Series:
         """Return the summary as the database has it from now on."""
         self._summary = self.summary(database)
         return None if self._summary is None else _SUMMARY.pack(self._summary[0], *self._summary[1])
+
+
+class Rows:
+    """Rows with values for the same series, one after another."""
+
+    __slots__ = ("names", "series", "steps", "values")
+
+    def __init__(self, names: tuple[str, ...], series: list[Series]) -> None:
+        self.names = names
+        self.series = series
+        self.steps: list[int] = []
+        self.values: array[float] = array("d")
+
+
+class Cut(NamedTuple):
+    """The points of these series from a step on are removed."""
+
+    series: list[Series]
+    step: int
+
+
+class Lane:
+    """The series of one rank of a run, and the rows to which the next one may be added."""
+
+    __slots__ = ("rows", "series")
+
+    def __init__(self) -> None:
+        self.series: dict[str, Series] = {}
+        self.rows: Rows | None = None

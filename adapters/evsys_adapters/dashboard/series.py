@@ -31,7 +31,7 @@ from evsys_adapters.dashboard.chunks import (
 )
 from evsys_adapters.dashboard.database import Database, Row
 from evsys_adapters.dashboard.levels import ChartColumns, SeriesColumns, read_columns
-from evsys_adapters.dashboard.open_series import MAX_CHUNK, Series
+from evsys_adapters.dashboard.open_series import MAX_CHUNK, Cut, Lane, Rows, Series
 
 TIME: Final = "_time"
 """Name of the series of a run's wall clock: seconds since the epoch, once for each step."""
@@ -98,35 +98,6 @@ class SeriesInfo(NamedTuple):
     """Whether all values are finite and the same."""
 
 
-class _Rows:
-    """Rows with values for the same series, one after another."""
-
-    __slots__ = ("names", "series", "steps", "values")
-
-    def __init__(self, names: tuple[str, ...], series: list[Series]) -> None:
-        self.names = names
-        self.series = series
-        self.steps: list[int] = []
-        self.values: array[float] = array("d")
-
-
-class _Cut(NamedTuple):
-    """The points of these series from a step on are removed."""
-
-    series: list[Series]
-    step: int
-
-
-class _Lane:
-    """The series of one rank of a run, and the rows to which the next one may be added."""
-
-    __slots__ = ("rows", "series")
-
-    def __init__(self) -> None:
-        self.series: dict[str, Series] = {}
-        self.rows: _Rows | None = None
-
-
 class SeriesStore:
     """The series of all runs. Changes are made inside a transaction of the database, and `flush` ends them.
 
@@ -153,13 +124,13 @@ class SeriesStore:
         self._checkpoint_points: Final = checkpoint_points
         self.refused = 0
         """Points without a place: their step is too far from all others, or no int of 53 bits."""
-        self._lanes: dict[int, dict[int, _Lane]] = {}  # run -> rank -> lane
+        self._lanes: dict[int, dict[int, Lane]] = {}  # run -> rank -> lane
         self._by_id: dict[int, Series] = {}
         self._next_id: int = database.query("SELECT COALESCE(MAX(id), 0) + 1 FROM series")[0][0]
         self._new: list[Series] = []  # created in this transaction, and not in the database yet
-        self._pending: list[_Rows | _Cut] = []  # changes of this transaction
+        self._pending: list[Rows | Cut] = []  # changes of this transaction
         self._applied = 0  # how many of them are in the chunks
-        self._open_lanes: list[_Lane] = []  # those with rows that may grow
+        self._open_lanes: list[Lane] = []  # those with rows that may grow
         self._changes = Changes()
         self._unwritten: dict[int, tuple[Series, int]] = {}  # row id of a chunk that the database lacks -> its place
         self._written_tails: dict[int, tuple[Series, int]] = {}  # in memory although the database has them
@@ -234,7 +205,7 @@ class SeriesStore:
         summaries = [(each, each.summary(self._database)) for each in series]
         longer = [each for each, summary in summaries if summary is not None and summary[0] >= step]
         if longer:
-            self._pending.append(_Cut(longer, step))
+            self._pending.append(Cut(longer, step))
 
     def names(self, run: int) -> list[SeriesInfo]:
         """Return the series of a run in the order in which they were created, without its clock."""
@@ -345,28 +316,28 @@ class SeriesStore:
 
     # -- series
 
-    def _lanes_of(self, run: int) -> dict[int, _Lane]:
+    def _lanes_of(self, run: int) -> dict[int, Lane]:
         lanes = self._lanes.get(run)
         return self._read_lanes(run) if lanes is None else lanes
 
-    def _read_lanes(self, run: int) -> dict[int, _Lane]:
+    def _read_lanes(self, run: int) -> dict[int, Lane]:
         """Add the series of a run that are not in memory yet."""
         lanes = self._lanes.setdefault(run, {})
         rows = self._database.query("SELECT id, rank, name, scale, summary FROM series WHERE run = ?", run)
         for series_id, rank, name, scale, summary in rows:
             if series_id not in self._by_id:
                 series = self._by_id[series_id] = Series(series_id, run, rank, name, scale=scale, summary=summary)
-                lanes.setdefault(rank, _Lane()).series[name] = series
+                lanes.setdefault(rank, Lane()).series[name] = series
         return lanes
 
-    def _lane(self, run: int, rank: int) -> _Lane:
+    def _lane(self, run: int, rank: int) -> Lane:
         lanes = self._lanes.get(run) or self._lanes_of(run)
         lane = lanes.get(rank)
         if lane is None:
-            lane = lanes[rank] = _Lane()
+            lane = lanes[rank] = Lane()
         return lane
 
-    def _new_rows(self, lane: _Lane, run: int, rank: int, names: tuple[str, ...]) -> _Rows:
+    def _new_rows(self, lane: Lane, run: int, rank: int, names: tuple[str, ...]) -> Rows:
         series: list[Series] = []
         for name in names:
             each = lane.series.get(name)
@@ -376,7 +347,7 @@ class SeriesStore:
                 self._new.append(each)
                 self._next_id += 1
             series.append(each)
-        rows = lane.rows = _Rows(names, series)
+        rows = lane.rows = Rows(names, series)
         self._pending.append(rows)
         self._open_lanes.append(lane)
         return rows
@@ -406,13 +377,13 @@ class SeriesStore:
             lane.rows = None
         self._open_lanes = []
         for change in self._pending[self._applied :]:
-            if isinstance(change, _Cut):
+            if isinstance(change, Cut):
                 self._remove_steps(change.series, change.step)
             elif change.steps:
                 self._put_rows(change)
         self._applied = len(self._pending)
 
-    def _put_rows(self, rows: _Rows) -> None:
+    def _put_rows(self, rows: Rows) -> None:
         steps, count = rows.steps, len(rows.series)
         order: list[int] | None = None
         if not all(earlier < later for earlier, later in pairwise(steps)):
@@ -526,7 +497,7 @@ class SeriesStore:
         body: list[Row] = []
         for change in self._pending:
             ids = [each.id for each in change.series]
-            if isinstance(change, _Cut):
+            if isinstance(change, Cut):
                 body.append((ids, change.step))
             elif change.steps:
                 body.append((ids, array("q", change.steps).tobytes(), change.values.tobytes()))
@@ -594,7 +565,7 @@ class SeriesStore:
         lane = self._lane(run, rank)
         if len(change) == 1:
             lane.rows = None
-            self._pending.append(_Cut(series, change[0]))
+            self._pending.append(Cut(series, change[0]))
             return
         names = tuple([each.name for each in series])
         rows = lane.rows  # rows of many transactions are applied as one, which takes a fraction of the time

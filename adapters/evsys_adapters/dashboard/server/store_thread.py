@@ -77,8 +77,11 @@ class StoreThread:
     async def follow(self, publish: Callable[[Changes], None]) -> None:
         """Publish what another server writes, and take over when it has ended, until cancelled.
 
-        A store that cannot be used is opened again, so that it is back before the next call.
+        A store that cannot be used is opened again, so that it is back before the next call. Returns at once for
+        SQLite, which no other server opens.
         """
+        if not is_url(str(self._location)):
+            return
         checked = time.monotonic()
         while True:
             await asyncio.sleep(_FOLLOW_SECONDS)
