@@ -166,6 +166,35 @@ def test_a_column_with_a_metric_at_a_step_is_added_and_is_in_the_url(tab: Tab, s
     assert tab.complaints == []
 
 
+# -- the page of an experiment
+
+
+def test_the_leader_is_named_beside_a_better_arm_that_is_incomplete_and_a_failing_delivery(
+    tab: Tab, server: PageServer
+) -> None:
+    tab.open(f"{server.url}{server.path_of(QUIZ)}", "document.querySelectorAll('.card canvas').length >= 1")
+    assert tab.text(".summary") == (
+        "baseline leads by quiz/accuracy (higher is better): 0.50 ± 0.04; "
+        "with hints has 0.6885, but not of all its runs. ✕1 run failed of 4."
+    )
+    problems = tab.text(".problems")
+    assert problems.index("with hints-s1 after 40 steps") < problems.index("evsys_logger 22 events not delivered")
+    assert f"{DELIVERY_ERROR} fix: {DELIVERY_FIX}" in problems
+    assert tab.complaints == []
+
+
+def test_arms_are_sorted_by_a_headline_and_the_order_is_in_the_url(tab: Tab, server: PageServer) -> None:
+    first = "document.querySelector('.arms tbody .text').innerText"
+    tab.open(f"{server.url}{server.path_of(SWEEP)}", f"{first} == 'lr-0'")
+    assert "to the second, lr-" in tab.text(".summary")
+    tab.page.get_by_role("button", name="train/loss").click()
+    tab.until(f"{first} == 'lr-0'")
+    tab.page.get_by_role("button", name="train/loss").click()
+    tab.until(f"{first} == 'lr-100'")
+    assert "arms=1" in tab.page.url
+    assert tab.complaints == []
+
+
 # -- one run
 
 

@@ -5,7 +5,7 @@ import { dashOf, hueOf } from "./colours";
 import { count, number, shortened, stepsDone, valueText, withDeviation } from "./format";
 import { Age, Link, Scroll, StateWord } from "./parts";
 import type { Arm, ArmValue, Direction, Experiment, Run } from "./types";
-import { openArms, highlightedArm, toggled } from "./view";
+import { openArms, highlightedArm, text, toggled } from "./view";
 
 const MOST_ARMS = 60;
 const STRIP = { width: 100, height: 18 };
@@ -16,7 +16,8 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
   if (!arms.length) return null;
   const ranges = headlines.map((_, i) => rangeOf(arms.map((arm) => arm.values[i] ?? null)));
   const runs = new Map(experiment.runs.map((run) => [run.id, run]));
-  const shown = isWhole ? arms : arms.slice(0, MOST_ARMS);
+  const sorted = sortedArms(arms, headlines.length);
+  const shown = isWhole ? sorted : sorted.slice(0, MOST_ARMS);
   const varying = [...new Set(experiment.runs.flatMap((run) => Object.keys(run.config ?? {})))].slice(0, 8);
   return (
     <Scroll label="arms">
@@ -25,9 +26,12 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
           <tr>
             <th>arm</th>
             <th>seeds</th>
-            {headlines.map(({ name, direction, rule }) => (
-              <th key={name} colSpan={2} title={`${shortened(name, 300)}: ${rule}`}>
-                <span class="metric">{shortened(name, 300)}</span> <ArrowOf direction={direction} />
+            {headlines.map(({ name, direction, rule }, i) => (
+              <th key={name} colSpan={2} aria-sort={orderOf(i)}>
+                <button class="quiet" title={`${shortened(name, 300)}: ${rule}; sort by it`} onClick={() => (order.value = nextOrder(i))}>
+                  <span class="metric">{shortened(name, 300)}</span> <ArrowOf direction={direction} />
+                  {orderOf(i) !== "none" && <span aria-hidden="true">{orderOf(i) === "ascending" ? " \u2191" : " \u2193"}</span>}
+                </button>
               </th>
             ))}
           </tr>
@@ -53,6 +57,22 @@ export function ArmTable({ experiment, slots }: { experiment: Experiment; slots:
   );
 }
 
+/** By which headline arms are sorted, "1" or "-1"; by default they are in the order of the plan. */
+const order = text("arms");
+const orderOf = (place: number) => (order.value === String(place + 1) ? "ascending" : order.value === `-${place + 1}` ? "descending" : "none");
+const nextOrder = (place: number) => ({ none: `-${place + 1}`, descending: `${place + 1}`, ascending: "" })[orderOf(place)];
+
+function sortedArms(arms: Arm[], headlines: number): Arm[] {
+  const by = Number(order.value);
+  const place = Math.abs(by) - 1;
+  if (!Number.isInteger(by) || place < 0 || place >= headlines) return arms;
+  const mean = ({ values }: Arm) => values[place]?.mean ?? null;
+  return [...arms].sort((a, b) => {
+    const [x, y] = [mean(a), mean(b)];
+    return x === null || y === null ? Number(x === null) - Number(y === null) : Math.sign(by) * (x - y);
+  });
+}
+
 function ArrowOf({ direction }: { direction: Direction }) {
   if (direction === null) return null;
   return <span class="muted">{direction === "max" ? "\u2191 higher" : "\u2193 lower"}</span>;
@@ -74,6 +94,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
   const isCompared = experiment.arms.length > 1;
   const isWinner = isCompared && arm.winner;
   const isBaseline = isCompared && experiment.baseline === arm.name;
+  const { lead } = experiment;
   return (
     <tr
       class={`arm${isWinner ? " winner" : ""}`}
@@ -102,7 +123,7 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
         </span>
         {broken > 0 && arm.state !== "failed" && arm.state !== "stalled" && <StateWord state="failed">{broken} broken</StateWord>}
       </td>
-      {experiment.headlines.map(({ name }, i) => {
+      {experiment.headlines.map(({ name, direction }, i) => {
         const value = arm.values[i];
         return (
           <Fragment key={name}>
@@ -113,6 +134,11 @@ function ArmRow({ arm, experiment, slot, ranges, runs }: RowProps) {
                   {!isBaseline && value.delta !== null && (
                     <span class="delta" title="difference to the baseline, and its standard error">
                       {withDeviation(value.delta, value.delta_sd, true)}
+                    </span>
+                  )}
+                  {isWinner && isBaseline && lead?.metric === name && lead.delta !== null && lead.delta > 0 === (direction === "max") && (
+                    <span class="delta" title={`difference to the second, ${shortened(lead.second, 80)}, and its standard error`}>
+                      {withDeviation(lead.delta, lead.delta_sd, true)} to the second
                     </span>
                   )}
                 </>

@@ -8,7 +8,7 @@ import { bytes, count, counted, number, shortened } from "./format";
 import { ExperimentHead, type PageProps } from "./further";
 import { Age, Failure, Link, Loading, Search, StateWord, useTitle } from "./parts";
 import { type Column, sort, sorted, Table } from "./table";
-import type { Direction, State } from "./types";
+import { type Direction, type State, UPLOADS } from "./types";
 import { hasFilterWords } from "./view";
 
 interface Row {
@@ -23,7 +23,7 @@ interface Row {
   run_name: string;
   arm: string;
   seed: number | null;
-  upload: "uploading" | "uploaded" | "conflict" | "removed" | null;
+  upload: keyof typeof UPLOADS | null;
   url: string | null;
   bytes: number | null;
   values: (number | null)[];
@@ -38,8 +38,6 @@ interface Checkpoints extends Answer {
   total: number;
   rows: Row[];
 }
-
-const UPLOADS = { uploading: "running", uploaded: "completed", conflict: "failed", removed: "cancelled" } as const;
 
 export function CheckpointsPage({ id }: PageProps) {
   const [found, error] = useFollowed<Checkpoints>(`/api/experiments/${encodeURIComponent(id)}/checkpoints`, () => `e/${id}`);

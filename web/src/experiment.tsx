@@ -8,7 +8,7 @@ import { count, counted, duration, shortened, valueText, withDeviation } from ".
 import { useFollowed } from "./followed";
 import { ExperimentNav } from "./further";
 import { Age, Alerts, Failure, Link, Loading, Progress, Prose, StateWord, useTitle, Verbatim } from "./parts";
-import type { ArmValue, Experiment, Run } from "./types";
+import type { ArmValue, Experiment, Headline, Run } from "./types";
 
 export function ExperimentPage({ id, onlyMetrics }: { id: string; onlyMetrics: boolean }) {
   const [experiment, error] = useFollowed<Experiment>(`/api/experiments/${encodeURIComponent(id)}`, () => `e/${id}`, {
@@ -107,22 +107,23 @@ function Summary({ experiment }: { experiment: Experiment }) {
   );
 }
 
-/** Which arm is the best by the first metric that several arms have, and by how much. */
+/** Which arm is the best by the metric that decides, and how far it is ahead of the baseline and of the second one. */
 function Leader({ experiment }: { experiment: Experiment }) {
-  const { arms, headlines, baseline } = experiment;
-  const place = headlines.findIndex((_, i) => arms.filter(({ values }) => hasMean(values[i])).length > (arms.length > 1 ? 1 : 0));
-  const headline = headlines[Math.max(0, place)];
-  if (!headline) return null;
-  const metric = <span class="name">{shortened(headline.name, 80)}</span>;
+  const { arms, headlines, baseline, lead } = experiment;
   const leader = arms.length > 1 ? arms.find((arm) => arm.winner) : arms[0];
+  const isDeciding = ({ name }: Headline, i: number) => (lead ? name === lead.metric : hasMean(leader?.values[i]));
+  const place = Math.max(0, headlines.findIndex(isDeciding));
+  const headline = headlines[place];
   const value = leader?.values[place];
+  if (!headline || (arms.length < 2 && !hasMean(value))) return null;
+  const metric = <span class="name">{shortened(headline.name, 80)}</span>;
   if (!leader || !hasMean(value)) {
-    return arms.length > 1 ? (
+    return (
       <>
         No arm leads yet by {metric}
         {headline.direction === null && ", of which nothing says whether higher or lower is better"}.{" "}
       </>
-    ) : null;
+    );
   }
   const shown = <b>{withDeviation(value.mean, value.sd)}</b>;
   if (arms.length === 1) {
@@ -132,26 +133,19 @@ function Leader({ experiment }: { experiment: Experiment }) {
       </>
     );
   }
-  const sign = headline.direction === "min" ? 1 : -1;
-  const others = arms.filter((arm) => arm !== leader && hasMean(arm.values[place])).sort((a, b) => sign * (a.values[place]!.mean! - b.values[place]!.mean!));
-  const ahead = headline.direction !== null && others[0] && sign * (others[0].values[place]!.mean! - value.mean) < 0 ? others[0] : null;
-  const other = others.find(({ name }) => name === baseline) ?? (ahead ? undefined : others[0]);
-  const against = other && difference(value, other.values[place]!);
+  const second = lead && arms.find(({ name }) => name === lead.second);
+  const isBehind = lead?.delta != null && (headline.direction === "min" ? lead.delta > 0 : lead.delta < 0); // of an arm that is incomplete
+  const isClear = isBehind || lead?.delta == null || (lead.delta !== 0 && Math.abs(lead.delta) >= 2 * (lead.delta_sd ?? 0));
   return (
     <>
-      <b class="name">{shortened(leader.name, 80)}</b> leads by {metric}
+      <b class="name">{shortened(leader.name, 80)}</b> leads{!isClear && ", but not clearly,"} by {metric}
       {headline.direction !== null && ` (${headline.direction === "min" ? "lower" : "higher"} is better)`}: {shown}
-      {other && against && (
-        <>
-          {`, ${withDeviation(against.delta, against.error, true)} to `}
-          <span class="name">{shortened(other.name, 80)}</span>
-          {against.error !== null && Math.abs(against.delta) < 2 * against.error && ", which is within two standard errors"}
-        </>
-      )}
-      {ahead && (
+      {baseline !== null && value.delta !== null && lead?.second !== baseline && <Ahead delta={value.delta} error={value.delta_sd} of={baseline} />}
+      {lead?.delta != null && !isBehind && <Ahead delta={lead.delta} error={lead.delta_sd} of={lead.second} what={lead.second === baseline ? "" : "the second, "} />}
+      {second && isBehind && (
         <>
           {"; "}
-          <span class="name">{shortened(ahead.name, 80)}</span> has {withDeviation(ahead.values[place]!.mean, ahead.values[place]!.sd)}, but not of all its runs
+          <span class="name">{shortened(second.name, 80)}</span> has {withDeviation(second.values[place]!.mean, second.values[place]!.sd)}, but not of all its runs
         </>
       )}
       {". "}
@@ -159,13 +153,16 @@ function Leader({ experiment }: { experiment: Experiment }) {
   );
 }
 
-const hasMean = (value: ArmValue | null | undefined): value is ArmValue & { mean: number } => value?.mean !== null && value?.mean !== undefined;
-
-/** The difference of two means, and its standard error if both arms have several seeds. */
-function difference(a: ArmValue, b: ArmValue): { delta: number; error: number | null } {
-  const isKnown = a.sd !== null && b.sd !== null;
-  return { delta: a.mean! - b.mean!, error: isKnown ? Math.hypot(a.sd! / Math.sqrt(a.n), b.sd! / Math.sqrt(b.n)) : null };
+function Ahead({ delta, error, of, what = "" }: { delta: number; error: number | null; of: string; what?: string }) {
+  return (
+    <>
+      {`, ${withDeviation(delta, error, true)} to ${what}`}
+      <span class="name">{shortened(of, 80)}</span>
+    </>
+  );
 }
+
+const hasMean = (value: ArmValue | null | undefined): value is ArmValue & { mean: number } => value?.mean !== null && value?.mean !== undefined;
 
 const MOST_PROBLEMS = 5;
 const MOST_ALERTS = 3;

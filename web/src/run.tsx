@@ -7,8 +7,8 @@ import { Deliveries, type JournalRows } from "./deliveries";
 import { type Answer, useFollowed } from "./followed";
 import { bytes, count, duration, number, setting, shortened, stepsDone } from "./format";
 import { type PageProps, RunTitle } from "./further";
-import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Scroll, Section, useTitle, Verbatim } from "./parts";
-import type { Alert, Metric, RunHead } from "./types";
+import { Age, Alerts, Fact, Failure, Link, Loading, Prose, Scroll, Section, StateWord, useTitle, Verbatim } from "./parts";
+import { type Alert, type Metric, type RunHead, UPLOADS } from "./types";
 
 interface EvalRow {
   id: number;
@@ -36,7 +36,7 @@ interface RunAnswer extends RunHead, JournalRows, Answer {
   metrics: (Metric & { last: number | null; min: number | null; max: number | null; last_step: number | null })[];
   evals: EvalRow[];
   eval_count: number;
-  checkpoints: { name: string; step: number; time: number; stopped?: string | null; state_path?: string | null; sampler_path?: string | null }[];
+  checkpoints: { name: string; step: number; time: number; stopped?: string | null; state_path?: string | null; sampler_path?: string | null; upload: keyof typeof UPLOADS | null; url: string | null; bytes: number | null }[];
   alerts: Omit<Alert, "run">[];
   texts: { name: string; step: number; text: string }[];
   contents: { name: string; kind: string; step: number | null; time: number; path: string | null; size: number | null; caption: string | null }[];
@@ -182,6 +182,7 @@ function Evals({ run }: { run: RunAnswer }) {
 function Checkpoints({ run }: { run: RunAnswer }) {
   if (!run.checkpoints.length) return null;
   const latest = run.checkpoints.slice(-20).reverse();
+  const hasUploads = latest.some(({ upload }) => upload);
   return (
     <Section title={`checkpoints (${count(run.checkpoints.length)})`} isOpen>
       <Scroll label="checkpoints">
@@ -191,6 +192,8 @@ function Checkpoints({ run }: { run: RunAnswer }) {
               <th>checkpoint</th>
               <th class="num">step</th>
               <th>where</th>
+              {hasUploads && <th>upload</th>}
+              {hasUploads && <th class="num">size</th>}
               <th class="num">when</th>
             </tr>
           </thead>
@@ -199,7 +202,9 @@ function Checkpoints({ run }: { run: RunAnswer }) {
               <tr key={row.name}>
                 <td class="name">{shortened(row.name, 100)}</td>
                 <td class="num">{count(row.step)}</td>
-                <td class="path">{shortened(row.state_path ?? row.sampler_path ?? "", 300)}</td>
+                <td class="path">{shortened(row.url ?? row.state_path ?? row.sampler_path ?? "", 300)}</td>
+                {hasUploads && <td>{row.upload && <StateWord state={UPLOADS[row.upload]}>{row.upload}</StateWord>}</td>}
+                {hasUploads && <td class="num">{row.bytes ? bytes(row.bytes) : ""}</td>}
                 <td class="num">
                   <Age since={row.time} suffix=" ago" />
                 </td>

@@ -1,6 +1,8 @@
 // The JSON of the server, as the page reads it.
 
 export type State = "pending" | "running" | "completed" | "failed" | "cancelled" | "stopped" | "stalled";
+/** What can be known of the upload of a checkpoint, and the state that is like it. */
+export const UPLOADS = { uploading: "running", uploaded: "completed", conflict: "failed", removed: "cancelled" } as const;
 export type Direction = "min" | "max" | null;
 
 export interface ExperimentRow {
