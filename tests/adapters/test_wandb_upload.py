@@ -10,7 +10,7 @@ from evsys_bus import EventBus, RunAnnotated, build_callbacks
 from evsys_bus.testing.timeline import Timeline
 from support import wandb_server as wandb
 from support.couriers import courier_processes
-from support.journals import read_events
+from support.journals import read_annotations
 from support.waiting import wait_until
 
 server, login = wandb.server, wandb.login
@@ -84,7 +84,7 @@ def test_no_process_of_wandb_outlives_a_courier_that_is_killed_and_who_follows_h
     ]
     with EventBus(build_callbacks(specs), journal=journal) as bus:
         wandb.publish_all(bus, timeline.start_events())
-        wait_until(lambda: read_events(journal, family="c"))
+        wait_until(lambda: read_annotations(journal))
         begun, [courier] = wandb.find_wandb_services() - before, courier_processes(journal)
         [[run, asked]] = [(run, len(asked)) for run, asked in server.runs.items()]
         assert begun
@@ -94,6 +94,6 @@ def test_no_process_of_wandb_outlives_a_courier_that_is_killed_and_who_follows_h
         wandb.publish_all(bus, *map(timeline.step_events, range(2)), timeline.end_events())
     assert bus.receipt.resume_command is None
     page = f"{server.url}/team/p/runs/{run}"
-    assert read_events(journal, family="c") == [RunAnnotated("wide", {"wandb_url": page})]
+    assert read_annotations(journal) == [RunAnnotated("wide", {"wandb_url": page})]
     assert [(tmp_path / f"wide.{at}").read_text() for at in ("step", "end")] == [page, page]
     wait_until(lambda: wandb.find_wandb_services() <= before and not wandb.find_wandb_processes(tmp_path))

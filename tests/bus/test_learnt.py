@@ -15,7 +15,7 @@ from evsys_bus.events import UnknownEvent
 from evsys_bus.journal import JournalWriter
 from evsys_bus.tasks import run_in_new_loop
 from evsys_bus.testing.timeline import Timeline
-from support.journals import read_events
+from support.journals import read_annotations, read_events
 
 PAGE = {"page": "http://host/wide"}
 
@@ -75,7 +75,7 @@ def test_it_reaches_the_later_hooks_of_other_followers_and_of_no_other_run(tmp_p
         published += publish(bus, timeline.end_events())
     assert sees.at_end == {"wide": PAGE, "narrow": {}}
     assert sees.at_step["narrow"] == {}
-    assert read_events(tmp_path / "journal", family="c") == [RunAnnotated("wide", PAGE)]
+    assert read_annotations(tmp_path / "journal") == [RunAnnotated("wide", PAGE)]
     assert [(each.recorded, each.delivered) for each in bus.receipt.deliveries] == [(published, published)] * 2
 
 

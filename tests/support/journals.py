@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evsys_bus import EventBus, StepEnd
+from evsys_bus import EventBus, RunAnnotated, StepEnd
 from evsys_bus.codec import decode
 from evsys_bus.disk import Disk
 from evsys_bus.events import Envelope, Event
@@ -32,6 +32,11 @@ def read_envelopes(journal: str | Path, contexts: dict[Any, Any] | None = None, 
 def read_events(journal: str | Path, *, family: str = "r") -> list[Event]:
     """Return the event of each record."""
     return [envelope.event for envelope in read_envelopes(journal, family=family)]
+
+
+def read_annotations(journal: str | Path) -> list[RunAnnotated]:
+    """Return the annotations by couriers, whose stream also has how the deliveries go."""
+    return [each for each in read_events(journal, family="c") if isinstance(each, RunAnnotated)]
 
 
 def events_of(run_dir: Path, *kinds: type) -> list[Any]:
