@@ -56,7 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     There, an event of an example belongs to no package.
     """
     here = Path(__file__).parent
-    one_python = tuple(str(here / each) for each in ONE_PYTHON)
+    if gone := [each for each in ONE_PYTHON if not any(here.glob(f"{each}*"))]:
+        raise pytest.UsageError(f"ONE_PYTHON names tests that do not exist: {gone}")
+    one_python = tuple(f"{here}/{each}" for each in ONE_PYTHON)
     for item in items:
         if str(item.path).startswith(one_python):
             item.add_marker(pytest.mark.one_python)

@@ -107,7 +107,7 @@ LITTLE_MEMORY = """
 @pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
 @pytest.mark.long
 @pytest.mark.timeout(60)  # it takes 12 s on an idle machine
-@pytest.mark.parametrize("megabytes", [0, 2, 12, 40])
+@pytest.mark.parametrize("megabytes", [0, 12, 40])
 def test_where_memory_ends_publish_raises_nothing_and_what_is_not_on_record_is_counted(program, tmp_path, megabytes):
     process = program(LITTLE_MEMORY, str(tmp_path), str(megabytes))
     out, err = process.communicate(timeout=55)

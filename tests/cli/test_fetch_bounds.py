@@ -197,6 +197,7 @@ def test_an_interrupted_fetch_goes_on(evsys_bus, tmp_path, low):
 
 
 @pytest.mark.long
+@pytest.mark.asyncio(loop_factories=["asyncio"])  # which loop it is makes no difference to the files
 async def test_thousands_of_files_and_names_that_differ_in_case_are_fetched(tmp_path):
     root = tmp_path / "bucket/low/many-000001"
     names = [f"state/many/{number:05d}.bin" for number in range(1000)]
