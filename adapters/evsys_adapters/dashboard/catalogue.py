@@ -567,14 +567,6 @@ class Catalogue:
         self.records.touch(experiment)
         changes.experiments.add(experiment.id)
 
-    def set_journal(self, stream: str, journal: str) -> None:
-        """Record which journal holds a stream; inside a transaction."""
-        self.records.set_journal(stream, journal)
-
-    def journals(self) -> list[str]:
-        """Return the paths of all journals whose events have come."""
-        return list(dict.fromkeys([*self.records.journals(), *self.details.journals()]))
-
     def call(self, op: str, args: dict[str, Any], time: float, changes: Changes) -> Any:  # what the client gets
         """Carry out a call of a client of the hosted service that changes something; inside a transaction.
 

@@ -212,7 +212,7 @@ class Store:
         with self.transaction() as outer:
             try:
                 if journal is not None:
-                    self.catalogue.set_journal(stream, journal)
+                    self.catalogue.records.set_journal(stream, journal)
                 for payload in payloads:
                     try:
                         envelope = decode(payload)

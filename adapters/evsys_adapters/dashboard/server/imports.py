@@ -86,7 +86,7 @@ class JournalImports:
     async def start_missing(self) -> None:
         """Import what known journals of this machine have beyond the database: of runs that it did not see end."""
         try:
-            known = await self._store.call(lambda store: store.catalogue.journals())
+            known = await self._store.call(_known_journals)
             for journal in known:
                 try:
                     if await anyio.to_thread.run_sync(journals.has_missing, journal, self._watermark):
@@ -139,3 +139,9 @@ class JournalImports:
             return await self._store.call(Store.watermark, stream)
 
         return anyio.from_thread.run(read)
+
+
+def _known_journals(store: Store) -> list[str]:
+    """Return the journals whose events have come, and those about which couriers have reported."""
+    catalogue = store.catalogue
+    return list(dict.fromkeys([*catalogue.records.journals(), *catalogue.details.journals()]))
