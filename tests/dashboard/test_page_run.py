@@ -185,7 +185,7 @@ def test_an_event_opens_to_its_fields_as_text_and_older_ones_are_loaded(tab: Tab
     assert "all events, from the journal /" in tab.text(".head")
     tab.page.get_by_role("button", name="older events").click()
     tab.until(f"{rows} > 100")
-    tab.until("document.querySelector('.more').innerText == 'no older events'")
+    tab.until("document.querySelector('.more')?.innerText == 'no older events'")
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("type:run.alert level:error")
     tab.until(f"{rows} == 1")

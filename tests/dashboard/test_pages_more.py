@@ -159,10 +159,10 @@ def test_a_column_with_a_metric_at_a_step_is_added_and_is_in_the_url(tab: Tab, s
     tab.page.get_by_label("metric", exact=True).select_option("train/loss")
     tab.page.get_by_label("at step").fill("20")
     tab.page.keyboard.press("Enter")
-    tab.until("document.querySelector('thead').innerText.includes('train/loss at 20')")
-    tab.until("document.querySelector('tbody').innerText.includes('0.3778')")
+    tab.until("document.querySelector('thead')?.innerText.includes('train/loss at 20')")
+    tab.until("document.querySelector('tbody')?.innerText.includes('0.3778')")
     tab.page.reload()
-    tab.until("document.querySelector('tbody').innerText.includes('0.3778')")
+    tab.until("document.querySelector('tbody')?.innerText.includes('0.3778')")
     assert tab.complaints == []
 
 
@@ -184,7 +184,7 @@ def test_the_leader_is_named_beside_a_better_arm_that_is_incomplete_and_a_failin
 
 
 def test_arms_are_sorted_by_a_headline_and_the_order_is_in_the_url(tab: Tab, server: PageServer) -> None:
-    first = "document.querySelector('.arms tbody .text').innerText"
+    first = "document.querySelector('.arms tbody .text')?.innerText"
     tab.open(f"{server.url}{server.path_of(SWEEP)}", f"{first} == 'lr-0'")
     assert "to the second, lr-" in tab.text(".summary")
     tab.page.get_by_role("button", name="train/loss").click()
