@@ -7,7 +7,7 @@ import pytest
 
 from evsys_adapters.dashboard import hosted, pages
 from evsys_adapters.dashboard.hosted import HostedError
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from support.dashboard_stores import Delivery, context, open_store, points, train
 
 pytestmark = pytest.mark.usefixtures("each_database")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evsys_adapters.dashboard.series import SeriesInfo
+from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.store import Ingested, Store
 from evsys_bus import (
     ArmResult,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evsys_adapters.dashboard.database import Database
-from evsys_adapters.dashboard.series import Changes, SeriesInfo, SeriesStore
+from evsys_adapters.dashboard.open_series import Changes, SeriesInfo
+from evsys_adapters.dashboard.series import SeriesStore
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope, StepEnd

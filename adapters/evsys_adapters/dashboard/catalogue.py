@@ -14,7 +14,6 @@ from evsys_adapters.common.hook_arguments import (
     field,
     fields,
     list_or_empty,
-    output_dir_of,
     run_context,
     run_id,
     run_key,
@@ -27,8 +26,9 @@ from evsys_adapters.dashboard.details import Details, JournalStatus, journal_in
 from evsys_adapters.dashboard.evals import Evals
 from evsys_adapters.dashboard.experiment_events import end_experiment, start_experiment
 from evsys_adapters.dashboard.hosted_records import HostedRecords
-from evsys_adapters.dashboard.records import Records, RunIdentity, RunRecord, as_uuid
-from evsys_adapters.dashboard.series import Changes, SeriesStore
+from evsys_adapters.dashboard.open_series import Changes
+from evsys_adapters.dashboard.records import Records, RunRecord, identity_of
+from evsys_adapters.dashboard.series import SeriesStore
 from evsys_adapters.dashboard.values import (
     MAX_NAME_CHARS,
     UNREADABLE,
@@ -272,7 +272,7 @@ class Catalogue:
             run = self.records.find_in_stream(envelope.stream, envelope.run)
             run = run or self.records.find_by_key(envelope.run, envelope.stream, envelope.time)
         if run is None:
-            run = self.records.find_run(_identity(envelope, handle), envelope.time)
+            run = self.records.find_run(identity_of(envelope, handle), envelope.time)
             if run.step is None and not run.has_start:
                 run.rank = envelope.rank
             self._routes[key] = run.id
@@ -336,7 +336,7 @@ class Catalogue:
         elif is_of_run or tag in self._handlers:
             return self._add_to_run(tag, parts, handle, envelope, changes)
         else:
-            experiment = self.records.find_experiment(_identity(envelope, handle), envelope.time)
+            experiment = self.records.find_experiment(identity_of(envelope, handle), envelope.time)
             self.details.keep_event(-experiment.id, tag, _without_handles(parts), envelope.time)
             changes.experiments.add(experiment.id)
         return 0
@@ -551,7 +551,7 @@ class Catalogue:
 
     def _add_to_experiment(self, tag: str, parts: Mapping[str, Any], envelope: Envelope, changes: Changes) -> None:
         ctx = parts.get("ctx")
-        experiment = self.records.find_experiment(_identity(envelope, ctx), envelope.time)
+        experiment = self.records.find_experiment(identity_of(envelope, ctx), envelope.time)
         experiment.last = max(envelope.time, experiment.last or 0.0)
         is_late = experiment.start is not None and is_earlier(envelope.stream, envelope.time, *experiment.start)
         match tag:
@@ -611,19 +611,4 @@ def _parts(event: Event | UnknownEvent) -> tuple[str, dict[str, Any], object]:
         event_tag(type(event)),
         parts,
         next((each for each in handles if isinstance(each, LoopState | LogContext)), None),
-    )
-
-
-def _identity(envelope: Envelope, handle: object) -> RunIdentity:
-    """Return what identifies the run of an event, or its experiment."""
-    if handle is None:
-        key = envelope.run or envelope.stream
-        return RunIdentity(envelope.stream, key, key, "")
-    ctx = run_context(handle)
-    path = run_id(handle)
-    root = output_dir_of(ctx) or path.rstrip("/").rpartition("/")[0]
-    key = envelope.run or run_key(handle) or path.rstrip("/").rpartition("/")[2] or envelope.stream
-    ids = fields(field(ctx, "ids"))
-    return RunIdentity(
-        *(envelope.stream, key, path or key, root, as_uuid(ids.get("experiment_id")), as_uuid(ids.get("run_id")))
     )

@@ -16,8 +16,9 @@ from urllib.parse import unquote
 import msgspec
 
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord
-from evsys_adapters.dashboard.series import MAX_STEP, Changes
+from evsys_adapters.dashboard.series import MAX_STEP
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import UNREADABLE, clean
 from evsys_bus.context import to_int

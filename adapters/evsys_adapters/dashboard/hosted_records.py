@@ -14,8 +14,8 @@ from evsys_adapters.common.hook_arguments import fields, list_or_empty
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.details import Details
 from evsys_adapters.dashboard.evals import EvalKind, EvalRow, Evals
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.records import ExperimentRecord, Records, RunRecord, digest_id
-from evsys_adapters.dashboard.series import Changes
 from evsys_adapters.dashboard.values import MAX_NAME_CHARS, json_text
 
 POINT_OPS: Final = frozenset({"log_metric", "log_metrics", "create_eval"})

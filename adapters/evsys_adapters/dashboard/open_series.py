@@ -5,12 +5,56 @@ from array import array
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import msgspec
+
 from evsys_adapters.dashboard.chunks import RECORD, Chunk, Record, merge, reported_damage, unpack_points
 from evsys_adapters.dashboard.database import Database, Row
 
 MAX_CHUNK: Final = 1 << 30
 """Chunks are numbered from minus this to below this."""
 _SUMMARY: Final = struct.Struct("<qqqdddd")  # last step, then the fields of a record
+
+
+class Changes(msgspec.Struct):
+    """What a batch changed, for those who show it live."""
+
+    runs: set[int] = msgspec.field(default_factory=set[int])
+    experiments: set[int] = msgspec.field(default_factory=set[int])
+    series: dict[int, tuple[int, int]] = msgspec.field(default_factory=dict[int, tuple[int, int]])
+    """Id of the series -> smallest and largest step with a change."""
+
+    def add_steps(self, series: int, first: int, last: int) -> None:
+        """Add a range of steps of a series."""
+        known = self.series.get(series)
+        self.series[series] = (first, last) if known is None else (min(first, known[0]), max(last, known[1]))
+
+    def update(self, other: "Changes") -> None:
+        """Add the changes of another batch."""
+        self.runs |= other.runs
+        self.experiments |= other.experiments
+        for series, (first, last) in other.series.items():
+            self.add_steps(series, first, last)
+
+
+class SeriesInfo(NamedTuple):
+    """A series of a run, as a whole."""
+
+    id: int
+    name: str
+    rank: int
+    n: int
+    """Number of finite values."""
+    bad: int
+    """Number of values that are NaN or infinite."""
+    last_step: int | None
+    """None if it has no points, as `last`."""
+    last: float | None
+    """The value at the last step; NaN and infinities included."""
+    min: float | None
+    """Of the finite values, as `max`; None if there are none."""
+    max: float | None
+    constant: bool
+    """Whether all values are finite and the same."""
 
 
 class Series:

@@ -16,8 +16,9 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard.catalogue import Catalogue
+from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state, stalled_at
-from evsys_adapters.dashboard.series import SeriesInfo, SeriesStore
+from evsys_adapters.dashboard.series import SeriesStore
 from evsys_adapters.dashboard.values import finite
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.reading import RecordedRun, better_mode

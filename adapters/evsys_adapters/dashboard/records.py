@@ -11,8 +11,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
+from evsys_adapters.common.hook_arguments import field, fields, output_dir_of, run_context, run_id, run_key
 from evsys_adapters.dashboard.database import Database
 from evsys_adapters.dashboard.values import MAX_NAME_CHARS, json_text
+from evsys_bus.events import Envelope
 
 TABLES: Final = [
     "CREATE TABLE IF NOT EXISTS experiment (id INTEGER PRIMARY KEY, hidden REAL, body TEXT NOT NULL)",
@@ -502,3 +504,18 @@ def _indexable(name: str) -> str:
     if len(name) <= MAX_NAME_CHARS or len(encoded := name.encode(errors="surrogatepass")) <= _MAX_INDEXED_BYTES:
         return name
     return f"{name[:MAX_NAME_CHARS]}\n{hashlib.sha256(encoded).hexdigest()}"
+
+
+def identity_of(envelope: Envelope, handle: object) -> RunIdentity:
+    """Return what identifies the run of an event, or its experiment."""
+    if handle is None:
+        key = envelope.run or envelope.stream
+        return RunIdentity(envelope.stream, key, key, "")
+    ctx = run_context(handle)
+    path = run_id(handle)
+    root = output_dir_of(ctx) or path.rstrip("/").rpartition("/")[0]
+    key = envelope.run or run_key(handle) or path.rstrip("/").rpartition("/")[2] or envelope.stream
+    ids = fields(field(ctx, "ids"))
+    return RunIdentity(
+        *(envelope.stream, key, path or key, root, as_uuid(ids.get("experiment_id")), as_uuid(ids.get("run_id")))
+    )

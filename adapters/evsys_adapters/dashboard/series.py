@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
@@ -31,7 +31,7 @@ from evsys_adapters.dashboard.chunks import (
 )
 from evsys_adapters.dashboard.database import Database, Row
 from evsys_adapters.dashboard.levels import ChartColumns, SeriesColumns, read_columns
-from evsys_adapters.dashboard.open_series import MAX_CHUNK, Cut, Lane, Rows, Series
+from evsys_adapters.dashboard.open_series import MAX_CHUNK, Changes, Cut, Lane, Rows, Series, SeriesInfo
 
 TIME: Final = "_time"
 """Name of the series of a run's wall clock: seconds since the epoch, once for each step."""
@@ -54,48 +54,6 @@ _PORTION: Final = 16
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[tuple[Any, ...]]).decode
-
-
-class Changes(msgspec.Struct):
-    """What a batch changed, for those who show it live."""
-
-    runs: set[int] = msgspec.field(default_factory=set[int])
-    experiments: set[int] = msgspec.field(default_factory=set[int])
-    series: dict[int, tuple[int, int]] = msgspec.field(default_factory=dict[int, tuple[int, int]])
-    """Id of the series -> smallest and largest step with a change."""
-
-    def add_steps(self, series: int, first: int, last: int) -> None:
-        """Add a range of steps of a series."""
-        known = self.series.get(series)
-        self.series[series] = (first, last) if known is None else (min(first, known[0]), max(last, known[1]))
-
-    def update(self, other: "Changes") -> None:
-        """Add the changes of another batch."""
-        self.runs |= other.runs
-        self.experiments |= other.experiments
-        for series, (first, last) in other.series.items():
-            self.add_steps(series, first, last)
-
-
-class SeriesInfo(NamedTuple):
-    """A series of a run, as a whole."""
-
-    id: int
-    name: str
-    rank: int
-    n: int
-    """Number of finite values."""
-    bad: int
-    """Number of values that are NaN or infinite."""
-    last_step: int | None
-    """None if it has no points, as `last`."""
-    last: float | None
-    """The value at the last step; NaN and infinities included."""
-    min: float | None
-    """Of the finite values, as `max`; None if there are none."""
-    max: float | None
-    constant: bool
-    """Whether all values are finite and the same."""
 
 
 class SeriesStore:

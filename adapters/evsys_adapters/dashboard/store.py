@@ -14,8 +14,9 @@ import msgspec
 
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.database import Database, SqliteDatabase, StoreError, is_url
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.schema import migrate
-from evsys_adapters.dashboard.series import Changes, SeriesStore
+from evsys_adapters.dashboard.series import SeriesStore
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError, EvsysBusError
 

@@ -14,8 +14,9 @@ import msgspec
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.database import Database, StoreError
 from evsys_adapters.dashboard.database_postgres import PostgresDatabase
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.schema import check
-from evsys_adapters.dashboard.series import Changes, SeriesStore
+from evsys_adapters.dashboard.series import SeriesStore
 from evsys_adapters.dashboard.store import Store
 
 if TYPE_CHECKING:

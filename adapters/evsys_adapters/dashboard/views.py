@@ -12,9 +12,9 @@ from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.contents import latest_contents
 from evsys_adapters.dashboard.delivery_views import journal_of_run
 from evsys_adapters.dashboard.evals import EvalRow
+from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.pages import Direction, Json, direction_of
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_seconds, run_state
-from evsys_adapters.dashboard.series import SeriesInfo
 from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.values import finite, numbers_below
 from evsys_bus.filters import parse_filter

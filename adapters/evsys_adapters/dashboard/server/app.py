@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from evsys_adapters.dashboard import hosted, pages
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
 from evsys_adapters.dashboard.server.charts import ChartsQuery, encode_charts

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 import msgspec
 
 from evsys_adapters.dashboard import pages
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.charts import ChartQuery, Lines, add_chart, read_chart
 from evsys_adapters.dashboard.server.columns import ColumnWriter
 from evsys_adapters.dashboard.store import Store

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import BehindError, Ingested, Store

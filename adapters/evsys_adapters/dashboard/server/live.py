@@ -20,7 +20,7 @@ import anyio
 import msgspec
 
 from evsys_adapters.dashboard.database import StoreError
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.charts import Lines
 from evsys_adapters.dashboard.server.columns import ColumnWriter

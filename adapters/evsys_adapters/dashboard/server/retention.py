@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from evsys_adapters.dashboard import journals
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, json_response
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import Store

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from evsys_adapters.dashboard.database import StoreError, is_url
-from evsys_adapters.dashboard.series import Changes
+from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.store import Store
 from evsys_bus.diagnostics import log
