@@ -34,7 +34,7 @@ from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, Wro
 from evsys_bus.testing import conformance
 from support.journals import read_events
 
-pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])  # the order of requests is the store's, not the loop's
+pytestmark = pytest.mark.long_on_uvloop  # the order of requests is the store's, not the loop's
 
 
 class Courier:

@@ -16,7 +16,7 @@ from evsys_bus import ManifestRow
 from evsys_bus.errors import ParkedError, RetryLaterError
 from tests.adapters.test_checkpoint_upload import Upload
 
-pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])  # the order of requests is the store's, not the loop's
+pytestmark = pytest.mark.long_on_uvloop  # the order of requests is the store's, not the loop's
 
 FIRST = "r0-000001-20260302T090000-aaaaaaaa"
 SECOND = "r0-000002-20260301T090000-bbbbbbbb"  # its clock is a day behind
