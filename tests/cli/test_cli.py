@@ -194,6 +194,7 @@ def test_doctor_looks_for_everything_that_the_package_and_its_extras_need():
         "evsys",
         "mlflow",
         "nats",
+        "postgres",
         "s3",
         "system",
         "tensorboard",

@@ -14,7 +14,7 @@ import pytest
 
 import evsys_bus
 from evsys_bus import Callback, EventBus, LoopState, Metrics, TrainingLoop, TrainStart
-from evsys_bus.delivery.open_rows import OpenRows
+from evsys_bus.delivery.open_rows import EndedRows, OpenRows
 from evsys_bus.errors import BusNotOpenError, SettingError, TrainingError
 from evsys_bus.events import Envelope
 from evsys_bus.front.rows import UnpublishedRows
@@ -357,7 +357,7 @@ def test_a_part_that_is_recorded_late_does_not_remove_the_row_of_a_later_step(tm
     rows = OpenRows()
     for sequence, (step, metrics) in enumerate([(6, {"a": 6.0}), (5, {"b": 5.0}), (6, {"c": 6.5})], 1):
         rows.update(Envelope("r0-000001", sequence, 0.0, Metrics(state, step, metrics), "a", 0))
-    [row] = rows.of("r0-000001")
+    [row] = rows.of(EndedRows("r0-000001"))
     assert (row.event.step_idx, row.event.metrics) == (6, {"a": 6.0, "c": 6.5})
     assert rows.first_parts() == {"r0-000001": 1}
 
