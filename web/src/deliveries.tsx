@@ -9,6 +9,8 @@ export interface Delivery {
   recorded: number;
   delivered: number;
   pending: number;
+  /** Accepted without being sent, since the destination is not there. */
+  waiting: number;
   dead: number;
   owed: number;
   attempts: number;
@@ -59,7 +61,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
                 <th>state</th>
                 <th class="num">recorded</th>
                 <th class="num">delivered</th>
-                <th class="num" title="in the journal, still to be delivered">not delivered</th>
+                <th class="num" title="in the journal, still to be delivered, or waiting for a destination">not delivered</th>
                 <th class="num" title="delivered, not confirmed by the destination yet">not confirmed</th>
                 <th class="num" title="rejected for good: they are in the dead-letter file">rejected</th>
                 <th class="num">reported</th>
@@ -82,6 +84,7 @@ export function Deliveries({ journal }: { journal: JournalRows }) {
 function arrivedText(row: Delivery): string {
   const missing = [
     row.pending && `${count(row.pending)} not delivered`,
+    row.waiting && `${count(row.waiting)} waiting`,
     row.owed && `${count(row.owed)} not confirmed`,
     row.dead && `${count(row.dead)} rejected`,
   ].filter(Boolean);
@@ -102,7 +105,7 @@ function DeliveryRow({ row }: { row: Delivery }) {
         </td>
         <td class="num">{count(row.recorded)}</td>
         <td class="num">{count(row.delivered)}</td>
-        <td class="num">{row.pending ? <b>{count(row.pending)}</b> : "0"}</td>
+        <td class="num">{row.pending + row.waiting ? <b>{count(row.pending + row.waiting)}</b> : "0"}</td>
         <td class="num">{count(row.owed)}</td>
         <td class="num">{row.dead ? <b class="state failed">{count(row.dead)}</b> : "0"}</td>
         <td class="num">
