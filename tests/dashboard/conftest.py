@@ -10,7 +10,7 @@ from evsys_adapters.dashboard.database_postgres import PostgresDatabase
 from support.database_places import put_in_postgres
 from support.postgres import programs, running_server
 
-POSTGRES = pytest.param("postgres", marks=pytest.mark.servers)
+POSTGRES = pytest.param("postgres", marks=[pytest.mark.servers, pytest.mark.long])
 
 
 @pytest.fixture(autouse=True)

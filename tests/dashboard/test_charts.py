@@ -15,6 +15,8 @@ from support.browser import Tab, chromium
 from support.dashboard_pages import Growing, PageServer
 from support.dashboard_stores import open_store, state_of
 
+pytestmark = pytest.mark.long
+
 ARMS = ("full", "part")
 SEEDS = 2
 STEPS = 100

@@ -15,6 +15,8 @@ from support.dashboard_details import QUIZ, fill_details
 from support.dashboard_pages import HOSTILE, PageServer, fill_hostile
 from support.dashboard_stores import open_store
 
+pytestmark = pytest.mark.long
+
 AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
 PAGES = {
     "home": "table.experiments",

@@ -15,7 +15,7 @@ from support.postgres import running_server
 from support.programs import EVSYS_BUS
 from support.running_dashboard import Trainer, running_dashboard
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(60)]
 
 
 def folders(tmp_path, url, count):

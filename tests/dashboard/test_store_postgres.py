@@ -19,7 +19,7 @@ from support.point_stores import StepPoints, differing, encoded_steps, info_of, 
 from support.recorded_runs import record_run
 from support.steps import step_end
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.long]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from support.browser import Tab, chromium
 from support.dashboard_pages import PageServer
 from support.dashboard_stores import open_store
 
+pytestmark = pytest.mark.long
+
 DRAWN = """document.querySelectorAll('.card canvas').length > 2 &&
     /point/.test(document.querySelector('[aria-label="train/loss"] .drawn')?.textContent)"""
 
