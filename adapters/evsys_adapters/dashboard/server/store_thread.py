@@ -114,7 +114,7 @@ class StoreThread:
             assert self._store is not None
             with self._store.reading():
                 return work(self._store)
-        except (StoreError, sqlite3.Error) as error:
+        except (StoreError, sqlite3.OperationalError) as error:  # others are of this call alone
             if isinstance(error, StoreError) and error.problem == "read only":
                 raise _unavailable(error.what, error.fix) from error
             if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
@@ -147,7 +147,7 @@ class StoreThread:
 
     def _fail(self, error: StoreError | sqlite3.Error) -> AnswerError:
         """Let calls fail for a while, and return the error of this one."""
-        why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
+        why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), REPORT)
         if self._failure is None or self._failure[1] != why:
             log().warning("dashboard.store_failed", database=str(self._location), error=why, fix=fix)
         self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
@@ -167,7 +167,7 @@ class StoreThread:
             self._store.close()
 
 
-_REPORT: Final = "report it with the log of the dashboard"
+REPORT: Final = "report it with the log of the dashboard"
 
 
 def _import_numpy() -> None:

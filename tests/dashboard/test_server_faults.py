@@ -1,0 +1,105 @@
+"""Faults inside the dashboard's server cost what they concern, and nothing beside it."""
+
+import asyncio
+import sqlite3
+from contextlib import contextmanager
+
+import pytest
+
+from evsys_adapters.dashboard.catalogue import Catalogue
+from evsys_adapters.dashboard.server.answers import AnswerError
+from evsys_adapters.dashboard.server.ingest import Ingester
+from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.store import Store
+from support.running_dashboard import Trainer
+
+
+class FragileCatalogue(Catalogue):
+    """Fails when it writes an event of a run with "bad" in its key, as a bug would have it."""
+
+    error: BaseException = OverflowError("Python int too large to convert to SQLite INTEGER")
+    has_failed = False
+
+    def apply(self, envelope, changes):
+        self.has_failed |= "bad" in envelope.run
+        return super().apply(envelope, changes)
+
+    def flush(self):
+        if self.has_failed:
+            raise self.error
+        super().flush()
+
+
+@contextmanager
+def opened(tmp_path, catalogue=Catalogue):
+    thread = StoreThread(tmp_path / "dashboard.sqlite", lambda path: Store.open(path, catalogue=catalogue))
+    thread.open()
+    try:
+        yield thread
+    finally:
+        thread.close()
+
+
+# One event that cannot be stored.
+
+
+@pytest.mark.parametrize("error", [OverflowError("too large"), sqlite3.ProgrammingError("type is not supported")])
+async def test_an_event_that_cannot_be_stored_costs_no_other_event_and_no_other_body(tmp_path, caplog, error):
+    class Fragile(FragileCatalogue):
+        pass
+
+    Fragile.error = error
+    first, mixed, last = (Trainer(name, root="/runs/x") for name in ("a", "b", "c"))
+    bodies = [each.start() + each.steps(5) for each in (first, mixed, last)]
+    mixed.ctx, good = Trainer("bad", root="/runs/x").ctx, mixed.ctx
+    bodies[1] += mixed.steps(1)
+    mixed.ctx = good
+    bodies[1] += mixed.steps(4)
+    published = []
+    with opened(tmp_path, Fragile) as thread:
+        ingester = Ingester(thread, published.append)
+        trainers = (first, mixed, last)
+        done = await asyncio.gather(
+            *(ingester.ingest(each.stream, 0, body) for each, body in zip(trainers, bodies, strict=True))
+        )
+        assert [tuple(each) for each in done] == [(7, 7, 5, 0), (12, 11, 9, 1), (7, 7, 5, 0)]
+        assert len(set().union(*(each.runs for each in published))) == 3
+        again = await ingester.ingest(mixed.stream, 0, bodies[1])
+        assert tuple(again) == (12, 0, 0, 0)
+    lines = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert len(lines) == 1
+    assert "event_failed" in lines[0]
+    assert mixed.stream in lines[0]
+
+
+async def test_while_nothing_can_be_stored_no_event_is_skipped(tmp_path):
+    class Broken(Catalogue):
+        is_broken = True
+
+        def flush(self):
+            if Broken.is_broken:
+                raise KeyError("a bug")
+            super().flush()
+
+    trainer = Trainer()
+    body = trainer.start() + trainer.steps(5)
+    with opened(tmp_path, Broken) as thread:
+        ingester = Ingester(thread, lambda _: None)
+        with pytest.raises(AnswerError) as refused:
+            await ingester.ingest(trainer.stream, 0, body)
+        assert refused.value.status == 500
+        Broken.is_broken = False
+        assert tuple(await ingester.ingest(trainer.stream, 0, body)) == (7, 7, 5, 0)
+
+
+async def test_an_error_of_one_call_lets_the_next_one_read_and_write(tmp_path):
+    def fail(store):
+        with store.transaction():
+            raise sqlite3.ProgrammingError("type is not supported")
+
+    trainer = Trainer()
+    with opened(tmp_path) as thread:
+        with pytest.raises(sqlite3.ProgrammingError):
+            await thread.call(fail)
+        done = await Ingester(thread, lambda _: None).ingest(trainer.stream, 0, trainer.start())
+        assert done.events == 2
