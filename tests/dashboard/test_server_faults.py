@@ -6,9 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.server.answers import AnswerError
+from evsys_adapters.dashboard.server.columns import decode_columns
 from evsys_adapters.dashboard.server.ingest import Ingester
+from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.store import Store
 from support.running_dashboard import Trainer
@@ -31,8 +34,8 @@ class FragileCatalogue(Catalogue):
 
 
 @contextmanager
-def opened(tmp_path, catalogue=Catalogue):
-    thread = StoreThread(tmp_path / "dashboard.sqlite", lambda path: Store.open(path, catalogue=catalogue))
+def opened(tmp_path, catalogue=Catalogue, thread=StoreThread):
+    thread = thread(tmp_path / "dashboard.sqlite", lambda path: Store.open(path, catalogue=catalogue))
     thread.open()
     try:
         yield thread
@@ -103,3 +106,51 @@ async def test_an_error_of_one_call_lets_the_next_one_read_and_write(tmp_path):
             await thread.call(fail)
         done = await Ingester(thread, lambda _: None).ingest(trainer.stream, 0, trainer.start())
         assert done.events == 2
+
+
+# Calls that fail while the database cannot be used.
+
+
+class InterruptedThread(StoreThread):
+    """A store's thread whose next calls fail, as those while another program has locked the database."""
+
+    failures = 0
+
+    async def call(self, work, *args, **kwargs):
+        if self.failures:
+            self.failures -= 1
+            raise AnswerError(503, "store", "the database cannot be used now: locked", fix="close it")
+        return await super().call(work, *args, **kwargs)
+
+
+def home_id(store):
+    return pages.home(store)["experiments"][0]["id"]
+
+
+def lines(frames):
+    """The last x of each run in the frames of a chart."""
+    found = {}
+    for header, numbers in map(decode_columns, frames):
+        for line in header["chart"]["lines"]:
+            offset, length = line["x"]
+            found[line["run"]] = numbers[offset + length - 1]
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["viewed", "joined"])
+async def test_changes_whose_look_up_fails_are_in_the_next_frame(tmp_path, is_known):
+    first, second = Trainer("a", root="/runs/x"), Trainer("b", root="/runs/x")
+    with opened(tmp_path, thread=InterruptedThread) as thread:
+        hub = LiveHub(thread, LiveLimits(chart_seconds=0.0))
+        ingester = Ingester(thread, hub.publish)
+        await ingester.ingest(first.stream, 0, first.start() + first.steps(5))
+        topic = f"c/{await thread.call(home_id)}/members/1/train/loss"
+        chart = [Subscription(topic, hub.number)]
+        if is_known:
+            assert await hub.poll(chart) == []
+        await ingester.ingest(second.stream, 0, second.start() + second.steps(3))
+        await hub.subscribe(Viewer(), chart)
+        thread.failures = 1
+        with pytest.raises(AnswerError):
+            await hub.poll([Subscription("home")])
+        assert lines(await hub.poll([Subscription(topic)])) == [2.0, 4.0]
