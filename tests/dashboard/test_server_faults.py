@@ -5,6 +5,7 @@ import sqlite3
 from contextlib import contextmanager
 
 import pytest
+from starlette.requests import Request
 
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.catalogue import Catalogue
@@ -13,6 +14,7 @@ from evsys_adapters.dashboard.server.columns import decode_columns
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.server.view_routes import ViewRoutes
 from evsys_adapters.dashboard.store import Store
 from support.running_dashboard import Trainer
 
@@ -154,3 +156,27 @@ async def test_changes_whose_look_up_fails_are_in_the_next_frame(tmp_path, is_kn
         with pytest.raises(AnswerError):
             await hub.poll([Subscription("home")])
         assert lines(await hub.poll([Subscription(topic)])) == [2.0, 4.0]
+
+
+# Views.
+
+
+class MistakenCatalogue(Catalogue):
+    """Looks up runs by a wrong key."""
+
+    def run_id(self, public):
+        return {}[public]
+
+
+@pytest.mark.parametrize("catalogue", [MistakenCatalogue, Catalogue])
+@pytest.mark.parametrize("path", ["/api/runs/{id}", "/api/runs/{id}/events"])
+async def test_only_what_is_not_there_is_a_404_and_a_fault_is_an_error(tmp_path, catalogue, path):
+    with opened(tmp_path, catalogue) as thread:
+        [route] = [each for each in ViewRoutes(thread, lambda: 0).routes() if each.path == path]
+        scope = {"type": "http", "path_params": {"id": "none"}, "headers": [], "query_string": b""}
+        with pytest.raises((AnswerError, KeyError)) as raised:
+            await route.endpoint(Request(scope))
+    if catalogue is MistakenCatalogue:
+        assert raised.type is KeyError
+    else:
+        assert raised.value.status == 404
