@@ -1,7 +1,9 @@
 """Faults inside the dashboard's server cost what they concern, and nothing beside it."""
 
 import asyncio
+import json
 import sqlite3
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -10,13 +12,14 @@ from starlette.requests import Request
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.server.answers import AnswerError
+from evsys_adapters.dashboard.server.app import DashboardApp, DashboardSettings
 from evsys_adapters.dashboard.server.columns import decode_columns
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.server.view_routes import ViewRoutes
 from evsys_adapters.dashboard.store import Store
-from support.running_dashboard import Trainer
+from support.running_dashboard import TOKEN, Trainer
 
 
 class FragileCatalogue(Catalogue):
@@ -180,3 +183,70 @@ async def test_only_what_is_not_there_is_a_404_and_a_fault_is_an_error(tmp_path,
         assert raised.type is KeyError
     else:
         assert raised.value.status == 404
+
+
+# A store's thread that is busy.
+
+
+async def request(app, method, path, body=b""):
+    """Return the status and the body of an answer."""
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"authorization", f"Bearer {TOKEN}".encode())],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "scheme": "http",
+        "http_version": "1.1",
+    }
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    await app.asgi(scope, receive, send)
+    return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:])
+
+
+async def test_health_is_answered_while_the_store_is_busy(tmp_path):
+    release = threading.Event()
+    with opened(tmp_path) as thread:
+        app = DashboardApp(thread, DashboardSettings(token=TOKEN))
+        busy = asyncio.create_task(thread.call(lambda _: release.wait(20)))
+        try:
+            status, body = await asyncio.wait_for(request(app, "GET", "/health"), 5)
+        finally:
+            release.set()
+            await busy
+        assert (status, json.loads(body)["store"]) == (200, await thread.call(lambda store: store.id))
+
+
+class CountingThread(StoreThread):
+    calls = 0
+
+    async def call(self, work, *args, **kwargs):
+        self.calls += 1
+        return await super().call(work, *args, **kwargs)
+
+
+@pytest.mark.parametrize("axis", ["step", "relative"])
+async def test_each_chart_of_a_request_is_a_turn_of_its_own_on_the_thread(tmp_path, axis):
+    trainer = Trainer()
+    with opened(tmp_path, thread=CountingThread) as thread:
+        app = DashboardApp(thread, DashboardSettings(token=TOKEN))
+        await Ingester(thread, lambda _: None).ingest(trainer.stream, 0, trainer.start() + trainer.steps(4, lr=2.0))
+        charts = [{"metric": metric, "x": axis} for metric in ("train/loss", "train/lr", "none", "train/loss")]
+        query = json.dumps({"experiment": await thread.call(home_id), "charts": charts}).encode()
+        thread.calls = 0
+        status, body = await request(app, "POST", "/api/charts", query)
+        assert (status, thread.calls) == (200, 4)
+        header, numbers = decode_columns(body)
+        assert [each["total"] for each in header["charts"]] == [4, 4, 0, 4]
+        offset, length = header["charts"][3]["lines"][0]["x"]
+        assert numbers[offset : offset + length].tolist() == [0.0, 1.0, 2.0, 3.0]

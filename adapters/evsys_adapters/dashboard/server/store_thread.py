@@ -54,6 +54,8 @@ class StoreThread:
     def __init__(self, location: str | Path, open_store: Callable[[str | Path], Store] = open_store) -> None:
         self._location = location
         self._open_store = open_store
+        self.id = ""
+        """The UUID of the database, once it is open."""
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
         self._store: Store | None = None
         self._failure: tuple[float, str, str] | None = None
@@ -160,6 +162,7 @@ class StoreThread:
             self._store = self._open_store(self._location)
         else:
             self._store = self._store.reopen()
+        self.id = self._store.id
         self._failure = None
 
     def _close(self) -> None:
