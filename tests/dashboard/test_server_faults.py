@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from starlette.requests import Request
 
-from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard import journals, pages
 from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.app import DashboardApp, DashboardSettings
@@ -100,11 +100,12 @@ async def test_while_nothing_can_be_stored_no_event_is_skipped(tmp_path):
         assert tuple(await ingester.ingest(trainer.stream, 0, body)) == (7, 7, 5, 0)
 
 
-async def test_an_error_of_one_call_lets_the_next_one_read_and_write(tmp_path):
-    def fail(store):
-        with store.transaction():
-            raise sqlite3.ProgrammingError("type is not supported")
+def fail(store):
+    with store.transaction():
+        raise sqlite3.ProgrammingError("type is not supported")
 
+
+async def test_an_error_of_one_call_lets_the_next_one_read_and_write(tmp_path):
     trainer = Trainer()
     with opened(tmp_path) as thread:
         with pytest.raises(sqlite3.ProgrammingError):
@@ -159,6 +160,31 @@ async def test_changes_whose_look_up_fails_are_in_the_next_frame(tmp_path, is_kn
         with pytest.raises(AnswerError):
             await hub.poll([Subscription("home")])
         assert lines(await hub.poll([Subscription(topic)])) == [2.0, 4.0]
+
+
+def purge(store, public_id):
+    journals.move_to_trash(store, public_id, 1_000.0)
+    journals.purge_one(store, public_id)
+
+
+async def test_frames_of_new_series_go_to_their_own_chart_after_a_purge_and_an_error(tmp_path):
+    with opened(tmp_path) as thread:
+        hub = LiveHub(thread, LiveLimits(chart_seconds=0.0, page_seconds=0.0))
+        ingester = Ingester(thread, hub.publish)
+        shown = []
+        for name in ("removed", "new"):
+            trainer = Trainer(root=f"/runs/{name}")
+            await ingester.ingest(trainer.stream, 0, trainer.start() + trainer.steps(2))
+            id_ = await thread.call(home_id)
+            chart = Subscription(f"c/{id_}/members/1/train/loss")
+            await hub.poll([chart, Subscription(f"e/{id_}")])
+            await ingester.ingest(trainer.stream, 4, trainer.steps(2))
+            shown.append((lines(await hub.poll([chart])), len(await hub.poll([Subscription(f"e/{id_}")]))))
+            if name == "removed":
+                await thread.call(purge, id_)
+                with pytest.raises(sqlite3.ProgrammingError):
+                    await thread.call(fail)
+        assert shown == [([3.0], 1)] * 2
 
 
 # Views.

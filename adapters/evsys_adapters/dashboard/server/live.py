@@ -363,6 +363,7 @@ class LiveHub:
     async def _mark_topics(self, topics: Sequence[Topic], changes: Sequence[Changes]) -> None:
         views = Views()
         for each in changes:
+            self._places.check(self._store.times_opened)
             series, experiments = self._places.unknown(each)
             if series or experiments:
                 await self._store.call(self._places.look_up, series, experiments)

@@ -56,6 +56,8 @@ class StoreThread:
         self._open_store = open_store
         self.id = ""
         """The UUID of the database, once it is open."""
+        self.times_opened = 0
+        """How often the store was opened: then the ids of what was removed before may be those of something new."""
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
         self._store: Store | None = None
         self._failure: tuple[float, str, str] | None = None
@@ -163,6 +165,7 @@ class StoreThread:
         else:
             self._store = self._store.reopen()
         self.id = self._store.id
+        self.times_opened += 1
         self._failure = None
 
     def _close(self) -> None:
