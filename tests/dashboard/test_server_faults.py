@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 from starlette.requests import Request
@@ -14,11 +14,14 @@ from evsys_adapters.dashboard.catalogue import Catalogue
 from evsys_adapters.dashboard.server.answers import AnswerError
 from evsys_adapters.dashboard.server.app import DashboardApp, DashboardSettings
 from evsys_adapters.dashboard.server.columns import decode_columns
+from evsys_adapters.dashboard.server.imports import JournalImports
 from evsys_adapters.dashboard.server.ingest import Ingester
 from evsys_adapters.dashboard.server.live import LiveHub, LiveLimits, Subscription, Viewer
 from evsys_adapters.dashboard.server.store_thread import StoreThread
 from evsys_adapters.dashboard.server.view_routes import ViewRoutes
 from evsys_adapters.dashboard.store import Store
+from evsys_bus import EventBus, LogContext, LoopState, StepEnd
+from evsys_bus.journal import JournalWriter
 from support.running_dashboard import TOKEN, Trainer
 
 
@@ -185,6 +188,45 @@ async def test_frames_of_new_series_go_to_their_own_chart_after_a_purge_and_an_e
                 with pytest.raises(sqlite3.ProgrammingError):
                     await thread.call(fail)
         assert shown == [([3.0], 1)] * 2
+
+
+async def import_of(imports, journal):
+    """Return the progress of an import that has ended."""
+    id_ = imports.start(str(journal))
+    task = asyncio.create_task(imports.run())
+    try:
+        async with asyncio.timeout(10):
+            while (found := imports.progress(id_))["state"] in {"waiting", "running"}:
+                assert found["error"] is None
+                await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+    return found
+
+
+@pytest.mark.parametrize("failures", [1, 2, 5])
+async def test_an_import_goes_on_after_the_database_could_not_be_used(tmp_path, failures):
+    journal = tmp_path / "run/journal"
+    ctx = LogContext(tmp_path / "run", run_key="a")
+    with EventBus([], journal=journal) as bus:
+        for step in range(30):
+            bus.publish(StepEnd(LoopState(step, 30, ctx.run_dir, ctx=ctx), step, metrics={"loss": 1.0}))
+    with opened(tmp_path, thread=InterruptedThread) as thread:
+        imports = JournalImports(thread, Ingester(thread, lambda _: None), retry_seconds=0.01)
+        thread.failures = failures
+        done = await import_of(imports, journal)
+        assert (done["state"], done["error"], done["events"]) == ("completed", None, done["of"])
+        assert done["events"] >= 30
+
+
+async def test_an_import_shows_how_many_events_could_not_be_read(tmp_path):
+    journal = tmp_path / "journal"
+    with closing(JournalWriter(journal).open()) as writer:
+        for payload in (b"no envelope", *Trainer().steps(2)):
+            writer.append(payload)
+    with opened(tmp_path) as thread:
+        done = await import_of(JournalImports(thread, Ingester(thread, lambda _: None)), journal)
+        assert (done["state"], done["events"], done["unreadable"]) == ("completed", 3, 1)
 
 
 # Views.
