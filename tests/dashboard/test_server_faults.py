@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from contextlib import closing, contextmanager
 
+import anyio
 import pytest
 from starlette.requests import Request
 
@@ -227,6 +228,44 @@ async def test_an_import_shows_how_many_events_could_not_be_read(tmp_path):
     with opened(tmp_path) as thread:
         done = await import_of(JournalImports(thread, Ingester(thread, lambda _: None)), journal)
         assert (done["state"], done["events"], done["unreadable"]) == ("completed", 3, 1)
+
+
+class SilentThread(StoreThread):
+    """A store's thread whose answer about one stream is waited for, as for a file on a share that is away."""
+
+    silent_stream = ""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.answered = anyio.Event()
+
+    async def call(self, work, *args, **kwargs):
+        if args[:1] == (self.silent_stream,):
+            with anyio.CancelScope(shield=True):
+                await self.answered.wait()
+        return await super().call(work, *args, **kwargs)
+
+
+async def test_a_journal_that_is_not_read_in_time_keeps_no_other_from_being_imported(tmp_path, caplog):
+    with opened(tmp_path, thread=SilentThread) as thread:
+        ingester = Ingester(thread, lambda _: None)
+        folders = [tmp_path / name for name in ("silent", "sound")]
+        for folder in folders:
+            writer = JournalWriter(folder).open()
+            payloads = Trainer(root=f"/runs/{folder.name}").start()
+            for payload in payloads:
+                writer.append(payload)
+            writer.close()
+            await ingester.ingest(folder.name, 0, payloads[:1], str(folder))
+        thread.silent_stream = next(folders[0].rglob("*.seg")).parent.name
+        imports = JournalImports(thread, ingester, look_seconds=0.3)
+        try:
+            with anyio.fail_after(10):
+                await imports.start_missing()
+        finally:
+            thread.answered.set()
+        assert [each["journal"] for each in imports.progress_of_all()["imports"]] == [str(folders[1])]
+    assert "not read within" in caplog.text
 
 
 # Views.

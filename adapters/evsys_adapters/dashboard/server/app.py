@@ -47,6 +47,8 @@ PROTOCOL: Final = 1
 _MAX_STREAM_BYTES: Final = 1024
 _MAX_PATH_CHARS: Final = 4096
 _MAX_SEQUENCE: Final = 1 << 62
+_MISSING_SECONDS: Final = 10.0
+"""How long a request waits for the imports that the start leads to; more may follow."""
 _GOING_AWAY: Final = 1001
 _POLICY_VIOLATION: Final = 1008
 
@@ -158,8 +160,10 @@ class DashboardApp:
             tasks.cancel_scope.cancel()
 
     async def _start_missing(self) -> None:
-        await self._imports.start_missing()
-        self._missing_started.set()
+        try:
+            await self._imports.start_missing()
+        finally:
+            self._missing_started.set()
 
     async def _health(self, request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):  # a browser: the page of that name
@@ -201,7 +205,8 @@ class DashboardApp:
         return json_response({"import": self._imports.start(journal)}, HTTPStatus.ACCEPTED)
 
     async def _all_imports(self, _: Request) -> Response:
-        await self._missing_started.wait()
+        with anyio.move_on_after(_MISSING_SECONDS):
+            await self._missing_started.wait()
         return json_response(self._imports.progress_of_all())
 
     async def _import_progress(self, request: Request) -> Response:

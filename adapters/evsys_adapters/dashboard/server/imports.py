@@ -24,6 +24,8 @@ _MAX_KEPT: Final = 200
 _MAX_WAITING: Final = 1_000
 _MAX_ATTEMPTS: Final = 300
 """How often an import is tried while the database cannot be used: for ten minutes."""
+_MAX_LOOKS: Final = 4
+"""Threads that look into known journals at once; those whose share does not answer keep theirs."""
 
 
 class Import(msgspec.Struct):
@@ -47,12 +49,16 @@ class JournalImports:
         store: The store's thread.
         ingester: Applies the events.
         retry_seconds: After which an import goes on while the database cannot be used.
+        look_seconds: How long `start_missing` waits for each journal: it may be on a share that does not answer.
     """
 
-    def __init__(self, store: StoreThread, ingester: Ingester, *, retry_seconds: float = 2.0) -> None:
+    def __init__(
+        self, store: StoreThread, ingester: Ingester, *, retry_seconds: float = 2.0, look_seconds: float = 5.0
+    ) -> None:
         self._store: Final = store
         self._ingester: Final = ingester
         self._retry_seconds: Final = retry_seconds
+        self._look_seconds: Final = look_seconds
         self._imports: Final[OrderedDict[str, Import]] = OrderedDict()
         self._waiting: Final[asyncio.Queue[Import]] = asyncio.Queue(_MAX_WAITING)
 
@@ -93,12 +99,20 @@ class JournalImports:
 
     async def start_missing(self) -> None:
         """Import what known journals of this machine have beyond the database: of runs that it did not see end."""
+        limiter = anyio.CapacityLimiter(_MAX_LOOKS)
         try:
             known = await self._store.call(_known_journals)
             for journal in known:
                 try:
-                    if await anyio.to_thread.run_sync(journals.has_missing, journal, self._watermark):
+                    with anyio.fail_after(self._look_seconds):
+                        has_missing = await anyio.to_thread.run_sync(
+                            journals.has_missing, journal, self._watermark, abandon_on_cancel=True, limiter=limiter
+                        )
+                    if has_missing:
                         self.start(journal)
+                except TimeoutError:
+                    why = f"it was not read within {self._look_seconds:g} s"
+                    log().warning("dashboard.journal_unreadable", journal=journal, why=why)
                 except (EvsysBusError, OSError, ValueError) as error:
                     log().warning("dashboard.journal_unreadable", journal=journal, why=str(error))
         except AnswerError as error:  # the database cannot be used now, or too many wait
