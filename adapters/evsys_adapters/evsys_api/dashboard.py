@@ -51,7 +51,7 @@ _COMPRESSED_FROM_BYTES: Final = 1024
 _MAX_PART_BYTES: Final = 1 << 20
 """Size of a request with events of couriers."""
 _READ_ATTEMPTS: Final = 8
-"""How often a segment of a courier's stream that cannot be read is tried, `IDLE_SECONDS` apart, before it is skipped."""
+"""How often an unreadable segment of a courier's stream is tried, `IDLE_SECONDS` apart, before it is skipped."""
 _UNREACHABLE: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
 
@@ -209,7 +209,7 @@ class DashboardDelivery:
         if payloads:
             await self._send(stream, payloads, last)
         for segment, error in list(tail.unreadable_segments.items())[skipped:]:
-            fix = f"make it readable, and import the journal into a new database: evsys-bus dash --import {self.journal}"
+            fix = f"make it readable, then import into a new database: evsys-bus dash --import {self.journal}"
             log().warning("dashboard.segment_unreadable", segment=segment, error=str(error), fix=fix)
         if failure is not None:
             self._tails[stream] = tail  # it counts the attempts; all that it has returned was sent

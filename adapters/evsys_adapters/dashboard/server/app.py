@@ -245,9 +245,7 @@ class DashboardApp:
         frame = self.hub.number
         writer, clocks = ColumnWriter(), dict[ClockKey, Clock]()
         # A call for each chart, so that events and live frames come in between.
-        charts = [
-            await self._store.call(write_chart, query.experiment, each, writer, clocks) for each in query.charts
-        ]
+        charts = [await self._store.call(write_chart, query.experiment, each, writer, clocks) for each in query.charts]
         body = await anyio.to_thread.run_sync(writer.encode, {"charts": charts, "frame": frame})
         return await compressed_response(request, body, "application/octet-stream")
 

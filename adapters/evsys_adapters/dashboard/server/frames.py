@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Which topics a batch concerns. Remembers series and experiments, whose ids do not change while a store is open."""
+    """Which topics a batch concerns. Remembers series and experiments, whose ids are fixed while a store is open."""
 
     def __init__(self) -> None:
         self._times_opened = 0
