@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from evsys_adapters import EvsysLoggerCallback
-from evsys_adapters.evsys_api.dashboard import is_local
+from evsys_adapters.evsys_api.dashboard import DashboardDelivery, is_local
 from evsys_adapters.evsys_api.delivery import EvsysSink
 from evsys_bus import Callback, EventBus, LoopState, StepEnd, TrainEnd, TrainingBatch, TrainStart, build_callbacks
 from evsys_bus.adapter import RunAnnotated
@@ -23,6 +23,8 @@ from evsys_bus.context import LoopArtifacts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.journal import JournalWriter
 from evsys_bus.tasks import run_in_new_loop
 from support.dashboard_server import DashboardServer
 from support.evsys_server import html_response
@@ -105,6 +107,34 @@ def has_all(server, journal):
     recorded = [record.payload for record in read_records(journal)]
     stored = [each for stream, payloads in server.streams.items() if stream[0] == "r" for each in payloads.values()]
     return sorted(recorded) == sorted(stored)
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+async def test_a_segment_of_a_courier_that_cannot_be_read_is_tried_again_before_it_is_skipped(
+    tmp_path, found, caplog, is_back
+):
+    journal = tmp_path / "run/journal"
+    with EventBus([], journal=JournalWriter(journal, family="c", segment_bytes=1_000)) as bus:
+        train(bus, tmp_path / "run", 50)
+    first, segment, *others = sorted(journal.rglob("*.seg"))
+    assert others
+    stream = first.parent.name
+    moved = segment.rename(tmp_path / "moved")
+    segment.mkdir()  # an error of reading, as with too many open files
+    delivery = DashboardDelivery(found.url, found.token, journal=str(journal), delivered={}, timeout_seconds=5)
+    try:
+        for _ in range(3 if is_back else 7):
+            with pytest.raises(RetryLaterError, match="cannot be read"):
+                await delivery.send_courier_events()
+        if is_back:
+            segment.rmdir()
+            moved.rename(segment)
+        await delivery.send_courier_events()
+    finally:
+        await delivery.close()
+    assert max(found.streams[stream]) == 52
+    assert (len(found.streams[stream]) == 52) == is_back
+    assert ("segment_unreadable" in caplog.text) != is_back
 
 
 # -- which server -----------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "adapters/evsys_adapters/bridges/_content.py": "an array of a type that nobody has foreseen",
     "adapters/evsys_adapters/common/hook_arguments.py": "the look-up of a stranger",
     "adapters/evsys_adapters/dashboard/server/imports.py": "an import; the next one follows",
+    "adapters/evsys_adapters/dashboard/server/ingest.py": "events that cannot be stored; the others are",
     "adapters/evsys_adapters/dashboard/server/live.py": "a round of live views; the next one follows",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the number of a stranger",

@@ -16,6 +16,7 @@ from evsys_adapters.dashboard.store import Store
 from evsys_adapters.dashboard.views import (
     MAX_COMPARED,
     NO_UPLOAD,
+    NotFoundError,
     RunValues,
     find_experiment,
     find_run,
@@ -44,7 +45,7 @@ def evals(store: Store, public_id: str, now: float | None = None) -> Json:
     """Return the scores of an experiment by eval and arm, its metrics of evals, and which evals have predictions.
 
     Raises:
-        LookupError: There is no such experiment.
+        NotFoundError: There is no such experiment.
     """
     record = find_experiment(store, public_id)
     page = pages.experiment(store, public_id, now)
@@ -99,10 +100,10 @@ def predictions(
     """Return some predictions of an eval, and how to continue; see `Evals.predictions`.
 
     Raises:
-        LookupError: There is no such eval.
+        NotFoundError: There is no such eval.
     """
     if store.catalogue.evals.get(id_) is None:
-        raise LookupError(id_)
+        raise NotFoundError(id_)
     page = store.catalogue.evals.predictions(id_, after, limit, conditions)
     following = page["next"]
     return {
@@ -116,13 +117,13 @@ def prediction(store: Store, id_: int) -> Json:
     """Return a prediction with all its texts, and those of other evals of the experiment for the same task.
 
     Raises:
-        LookupError: There is no such prediction.
+        NotFoundError: There is no such prediction.
     """
     found = store.catalogue.evals.prediction(id_)
     own = store.catalogue.evals.get(id_ >> _EVAL_BITS)
     run = None if own is None else store.catalogue.records.run(own.run)
     if found is None or own is None or run is None or run.hidden is not None:
-        raise LookupError(id_)
+        raise NotFoundError(id_)
     others = _same_task(store, id_, own, run)
     return {"prediction": {"id": id_, **_encodable(found), **_origin(own, run)}, "others": others}
 
@@ -131,7 +132,7 @@ def checkpoints(store: Store, public_id: str, now: float | None = None) -> Json:
     """Return the checkpoints of an experiment, the newest first, with the metrics at their steps.
 
     Raises:
-        LookupError: There is no such experiment.
+        NotFoundError: There is no such experiment.
     """
     record = find_experiment(store, public_id)
     page = pages.experiment(store, public_id, now)
@@ -255,7 +256,7 @@ def paired(store: Store, public_ids: Sequence[str], name: str, pick: Pick = "all
         each with the task and the ``scores`` of the runs; ``next``; and ``counts`` of A and B, None for too many tasks.
 
     Raises:
-        LookupError: There is no such run.
+        NotFoundError: There is no such run.
     """
     runs = [find_run(store, each) for each in dict.fromkeys(public_ids)][:MAX_COMPARED]
     newest: list[dict[str, EvalRow]] = []

@@ -247,6 +247,13 @@ class Store:
             outer.update(changes)
         return Ingested(sequence, events, points, changes, unreadable)
 
+    def skip(self, stream: str, after: int, payloads: Sequence[bytes | memoryview]) -> Ingested:
+        """Count events as unreadable, and do not read them. Arguments and errors are those of `ingest`."""
+        sequences: list[int] = []
+        for payload in payloads:
+            sequences.append(_sequence_of(payload, (sequences[-1] if sequences else after) + 1))
+        return self.ingest(stream, after, [msgspec.msgpack.encode(_Head(each)) for each in sequences])
+
     def watermark(self, stream: str) -> int:
         """Return the sequence number of the last event of the stream that is stored, 0 if there is none."""
         known = self._watermarks.get(stream)

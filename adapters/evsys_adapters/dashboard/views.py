@@ -45,6 +45,10 @@ _TRAIN: Final = "train/"
 _SYNONYMS: Final = {"name": "run", "id": "run", "status": "state", "tag": "tags", "step": "steps"}
 
 
+class NotFoundError(LookupError):
+    """What a view is to show is not in the database, or in the trash."""
+
+
 class RunValues:
     """The metrics of a run: of several ranks that of the lowest, results after training, and numbers of the summary."""
 
@@ -150,7 +154,7 @@ def runs(
             so far.
 
     Raises:
-        LookupError: There is no such experiment.
+        NotFoundError: There is no such experiment.
     """
     now = clock.time() if now is None else now
     record = find_experiment(store, public_id)
@@ -212,7 +216,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     """Return one run with all it has but its points and predictions.
 
     Raises:
-        LookupError: There is no such run.
+        NotFoundError: There is no such run.
     """
     now = clock.time() if now is None else now
     catalogue = store.catalogue
@@ -268,7 +272,7 @@ def run_record_and_head(store: Store, public_id: str, now: float | None = None) 
     """Return the record of a run, and what each page of it shows first.
 
     Raises:
-        LookupError: There is no such run.
+        NotFoundError: There is no such run.
     """
     record = find_run(store, public_id)
     experiment = store.catalogue.records.experiment(record.experiment)
@@ -287,7 +291,7 @@ def compare(store: Store, public_ids: Sequence[str], now: float | None = None) -
     for public_id in dict.fromkeys(public_ids[:MAX_COMPARED]):
         try:
             record = find_run(store, public_id)
-        except LookupError:
+        except NotFoundError:
             unknown.append(public_id[:_MAX_LINE])
             continue
         experiment = store.catalogue.records.experiment(record.experiment)
@@ -327,20 +331,20 @@ def _common_arms(store: Store, experiments: Sequence[ExperimentRecord]) -> list[
 
 
 def find_experiment(store: Store, public_id: str) -> ExperimentRecord:
-    """Return an experiment that is not in the trash. Raises LookupError if there is none of this id."""
+    """Return an experiment that is not in the trash. Raises NotFoundError if there is none of this id."""
     id_ = store.catalogue.experiment_id(public_id)
     record = None if id_ is None else store.catalogue.records.experiment(id_)
     if record is None or record.hidden is not None:
-        raise LookupError(public_id)
+        raise NotFoundError(public_id)
     return record
 
 
 def find_run(store: Store, public_id: str) -> RunRecord:
-    """Return a run that is not in the trash. Raises LookupError if there is none of this id."""
+    """Return a run that is not in the trash. Raises NotFoundError if there is none of this id."""
     id_ = store.catalogue.run_id(public_id)
     record = None if id_ is None else store.catalogue.records.run(id_)
     if record is None or record.hidden is not None:
-        raise LookupError(public_id)
+        raise NotFoundError(public_id)
     return record
 
 

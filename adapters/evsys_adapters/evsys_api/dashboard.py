@@ -50,6 +50,8 @@ LIVE_BATCH_SECONDS: Final = 0.1
 _COMPRESSED_FROM_BYTES: Final = 1024
 _MAX_PART_BYTES: Final = 1 << 20
 """Size of a request with events of couriers."""
+_READ_ATTEMPTS: Final = 8
+"""How often an unreadable segment of a courier's stream is tried, `IDLE_SECONDS` apart, before it is skipped."""
 _UNREACHABLE: Final = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
 
@@ -166,12 +168,17 @@ class DashboardDelivery:
         if self.journal is None:
             return
         reader = JournalReader(self.journal)
-        names = reader.streams("c")
+        try:
+            names = reader.streams("c")
+        except OSError as error:
+            raise RetryLaterError(f"the journal {self.journal} cannot be read: {error}") from error
         for stream in names:
             if stream in self._finished_streams:
                 continue
             is_finished = stream != names[-1] and not reader.is_live(stream)  # checked before it is read
-            tail = self._tails.pop(stream, None) or reader.tail(stream, self._delivered.get(stream, 0))
+            tail = self._tails.pop(stream, None) or reader.tail(
+                stream, self._delivered.get(stream, 0), patience=_READ_ATTEMPTS
+            )
             await self._send_new(stream, tail)
             if is_finished:
                 self._finished_streams.add(stream)
@@ -182,7 +189,17 @@ class DashboardDelivery:
         """Send what a stream has from the tail's position on."""
         payloads: list[bytes] = []
         size = last = 0
-        for run in tail.poll_runs():
+        skipped = len(tail.unreadable_segments)
+        runs = tail.poll_runs()
+        failure: OSError | None = None
+        while True:
+            try:
+                run = next(runs, None)
+            except OSError as error:
+                failure = error
+                break
+            if run is None:
+                break
             for last, payload in enumerate(() if run.is_carried else run.payloads, run.first_sequence):
                 payloads.append(bytes(payload))
                 size += len(payload)
@@ -191,6 +208,12 @@ class DashboardDelivery:
                     payloads, size = [], 0
         if payloads:
             await self._send(stream, payloads, last)
+        for segment, error in list(tail.unreadable_segments.items())[skipped:]:
+            fix = f"make it readable, then import into a new database: evsys-bus dash --import {self.journal}"
+            log().warning("dashboard.segment_unreadable", segment=segment, error=str(error), fix=fix)
+        if failure is not None:
+            self._tails[stream] = tail  # it counts the attempts; all that it has returned was sent
+            raise RetryLaterError(f"the stream {stream} of the journal cannot be read: {failure}") from failure
 
     async def close(self) -> None:
         """Close the connection."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +25,8 @@ from evsys_adapters.dashboard import hosted, pages
 from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError, compressed_response, json_response
 from evsys_adapters.dashboard.server.bodies import BodyLimits, BodyReader, encodings
-from evsys_adapters.dashboard.server.charts import ChartsQuery, encode_charts
+from evsys_adapters.dashboard.server.charts import ChartsQuery, Clock, ClockKey, write_chart
+from evsys_adapters.dashboard.server.columns import ColumnWriter
 from evsys_adapters.dashboard.server.guards import HOSTED_PATH, SUBPROTOCOL, Guard
 from evsys_adapters.dashboard.server.imports import JournalImports
 from evsys_adapters.dashboard.server.ingest import Ingester
@@ -45,6 +47,8 @@ PROTOCOL: Final = 1
 _MAX_STREAM_BYTES: Final = 1024
 _MAX_PATH_CHARS: Final = 4096
 _MAX_SEQUENCE: Final = 1 << 62
+_MISSING_SECONDS: Final = 10.0
+"""How long a request waits for the imports that the start leads to; more may follow."""
 _GOING_AWAY: Final = 1001
 _POLICY_VIOLATION: Final = 1008
 
@@ -156,19 +160,20 @@ class DashboardApp:
             tasks.cancel_scope.cancel()
 
     async def _start_missing(self) -> None:
-        await self._imports.start_missing()
-        self._missing_started.set()
+        try:
+            await self._imports.start_missing()
+        finally:
+            self._missing_started.set()
 
     async def _health(self, request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):  # a browser: the page of that name
             return await self._page.index(request)
-        store_id = await self._store.call(lambda store: store.id)
         return json_response(
             {
                 "service": SERVICE,
                 "protocol": PROTOCOL,
                 "version": self._version,
-                "store": store_id,
+                "store": self._store.id,  # without a call: the thread may be busy for longer than a client waits
                 "encodings": encodings(),
             }
         )
@@ -187,7 +192,7 @@ class DashboardApp:
         async with self._bodies.read_envelopes(request) as payloads:
             self._last_ingest = time.monotonic()
             totals = await self._ingester.ingest(stream, int(after), payloads, journal)
-        answer = {**totals._asdict(), "store": await self._store.call(lambda store: store.id)}
+        answer = {**totals._asdict(), "store": self._store.id}
         if not totals.unreadable:
             del answer["unreadable"]
         return json_response(answer)
@@ -200,7 +205,8 @@ class DashboardApp:
         return json_response({"import": self._imports.start(journal)}, HTTPStatus.ACCEPTED)
 
     async def _all_imports(self, _: Request) -> Response:
-        await self._missing_started.wait()
+        with anyio.move_on_after(_MISSING_SECONDS):
+            await self._missing_started.wait()
         return json_response(self._imports.progress_of_all())
 
     async def _import_progress(self, request: Request) -> Response:
@@ -237,7 +243,10 @@ class DashboardApp:
     async def _charts(self, request: Request) -> Response:
         query = self._convert(await self._bodies.read_json(request), ChartsQuery)
         frame = self.hub.number
-        body = await self._store.call(encode_charts, query, frame)
+        writer, clocks = ColumnWriter(), dict[ClockKey, Clock]()
+        # A call for each chart, so that events and live frames come in between.
+        charts = [await self._store.call(write_chart, query.experiment, each, writer, clocks) for each in query.charts]
+        body = await anyio.to_thread.run_sync(writer.encode, {"charts": charts, "frame": frame})
         return await compressed_response(request, body, "application/octet-stream")
 
     async def _poll(self, request: Request) -> Response:

@@ -98,6 +98,16 @@ class Clock(NamedTuple):
     start: float
 
 
+class ClockKey(NamedTuple):
+    """What a clock was read for."""
+
+    run: int
+    first: int | None
+    last: int | None
+    width: int
+    x: Axis
+
+
 class Chart(NamedTuple):
     """What was read for a chart."""
 
@@ -109,20 +119,32 @@ class Chart(NamedTuple):
     """Run -> clock, where the axis is time."""
 
 
-def encode_charts(store: Store, query: ChartsQuery, frame: int) -> bytes:
-    """Return the columns of charts. Raises AnswerError if the experiment does not exist.
+def write_chart(
+    store: Store, experiment: str, query: ChartQuery, writer: ColumnWriter, clocks: dict[ClockKey, Clock]
+) -> dict[str, Any]:
+    """Read a chart, add its columns, and return its part of the header.
 
     Args:
         store: The store.
-        query: Which charts.
-        frame: The number of the last live frame; later ones have what has changed since.
+        experiment: The id of the experiment.
+        query: Which chart.
+        writer: Receives the columns.
+        clocks: Those that were read for other charts of the request; new ones are added.
+
+    Raises:
+        AnswerError: The experiment does not exist.
     """
-    writer = ColumnWriter()
-    charts = [add_chart(read_chart(store, query.experiment, each), writer) for each in query.charts]
-    return writer.encode({"charts": charts, "frame": frame})
+    return add_chart(read_chart(store, experiment, query, clocks=clocks), writer)
 
 
-def read_chart(store: Store, experiment: str, query: ChartQuery, width: int | None = None) -> Chart:
+def read_chart(
+    store: Store,
+    experiment: str,
+    query: ChartQuery,
+    width: int | None = None,
+    *,
+    clocks: dict[ClockKey, Clock] | None = None,
+) -> Chart:
     """Read the series of a chart.
 
     Args:
@@ -130,6 +152,7 @@ def read_chart(store: Store, experiment: str, query: ChartQuery, width: int | No
         experiment: The id of the experiment.
         query: Which chart.
         width: Steps of a bucket; None for the finest width with at most ``query.buckets`` of them.
+        clocks: Those that are known; new ones are added.
 
     Raises:
         AnswerError: The experiment does not exist.
@@ -142,10 +165,14 @@ def read_chart(store: Store, experiment: str, query: ChartQuery, width: int | No
         curve = _curve(line, found.width, is_running=member.is_running)
         last = float(line.x[-1]) if len(line.x) else None
         drawn.append(Drawn(member, curve, last, points, bad))
-    clocks = (
-        {} if query.x == "step" else {each.run: _read_clock(store, each.run, query, found.width) for each in members}
-    )
-    return Chart(query, found.width, drawn, clocks)
+    clocks = {} if clocks is None else clocks
+    used: dict[int, Clock] = {}
+    for each in () if query.x == "step" else members:
+        key = ClockKey(each.run, query.first, query.last, found.width, query.x)
+        if key not in clocks:
+            clocks[key] = _read_clock(store, each.run, query, found.width)
+        used[each.run] = clocks[key]
+    return Chart(query, found.width, drawn, used)
 
 
 def add_chart(chart: Chart, writer: ColumnWriter) -> dict[str, Any]:

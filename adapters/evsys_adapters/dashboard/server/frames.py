@@ -40,11 +40,19 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Which topics a batch concerns. Remembers series and experiments, whose ids never change."""
+    """Which topics a batch concerns. Remembers series and experiments, whose ids are fixed while a store is open."""
 
     def __init__(self) -> None:
+        self._times_opened = 0
         self._series: Final[dict[int, Place]] = {}
         self._experiments: Final[dict[int, str]] = {}
+
+    def check(self, times_opened: int) -> None:
+        """Forget all if the store was opened again (`StoreThread.times_opened`)."""
+        if times_opened != self._times_opened:
+            self._times_opened = times_opened
+            self._series.clear()
+            self._experiments.clear()
 
     def unknown(self, changes: Changes) -> tuple[set[int], set[int]]:
         """Return the series and experiments to look up first."""

@@ -2,10 +2,12 @@
 
 import asyncio
 from collections import OrderedDict
+from http import HTTPStatus
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final, Literal
 
+import anyio
 import anyio.from_thread
 import anyio.to_thread
 import msgspec
@@ -20,6 +22,10 @@ from evsys_bus.errors import EvsysBusError
 
 _MAX_KEPT: Final = 200
 _MAX_WAITING: Final = 1_000
+_MAX_ATTEMPTS: Final = 300
+"""How often an import is tried while the database cannot be used: for ten minutes."""
+_MAX_LOOKS: Final = 4
+"""Threads that look into known journals at once; those whose share does not answer keep theirs."""
 
 
 class Import(msgspec.Struct):
@@ -32,6 +38,8 @@ class Import(msgspec.Struct):
     of: int | None = None
     """Events to deliver, as far as known."""
     error: str | None = None
+    unreadable: int = 0
+    """Delivered events that the database skips, because they could not be read."""
 
 
 class JournalImports:
@@ -40,11 +48,17 @@ class JournalImports:
     Args:
         store: The store's thread.
         ingester: Applies the events.
+        retry_seconds: After which an import goes on while the database cannot be used.
+        look_seconds: How long `start_missing` waits for each journal: it may be on a share that does not answer.
     """
 
-    def __init__(self, store: StoreThread, ingester: Ingester) -> None:
+    def __init__(
+        self, store: StoreThread, ingester: Ingester, *, retry_seconds: float = 2.0, look_seconds: float = 5.0
+    ) -> None:
         self._store: Final = store
         self._ingester: Final = ingester
+        self._retry_seconds: Final = retry_seconds
+        self._look_seconds: Final = look_seconds
         self._imports: Final[OrderedDict[str, Import]] = OrderedDict()
         self._waiting: Final[asyncio.Queue[Import]] = asyncio.Queue(_MAX_WAITING)
 
@@ -85,12 +99,20 @@ class JournalImports:
 
     async def start_missing(self) -> None:
         """Import what known journals of this machine have beyond the database: of runs that it did not see end."""
+        limiter = anyio.CapacityLimiter(_MAX_LOOKS)
         try:
             known = await self._store.call(_known_journals)
             for journal in known:
                 try:
-                    if await anyio.to_thread.run_sync(journals.has_missing, journal, self._watermark):
+                    with anyio.fail_after(self._look_seconds):
+                        has_missing = await anyio.to_thread.run_sync(
+                            journals.has_missing, journal, self._watermark, abandon_on_cancel=True, limiter=limiter
+                        )
+                    if has_missing:
                         self.start(journal)
+                except TimeoutError:
+                    why = f"it was not read within {self._look_seconds:g} s"
+                    log().warning("dashboard.journal_unreadable", journal=journal, why=why)
                 except (EvsysBusError, OSError, ValueError) as error:
                     log().warning("dashboard.journal_unreadable", journal=journal, why=str(error))
         except AnswerError as error:  # the database cannot be used now, or too many wait
@@ -114,7 +136,7 @@ class JournalImports:
             each = await self._waiting.get()
             each.state = "running"
             try:
-                await self._import(each)
+                await self._import_patiently(each)
             except (AnswerError, EvsysBusError, OSError) as error:
                 each.state, each.error = "failed", str(error)
             except Exception as error:
@@ -123,14 +145,28 @@ class JournalImports:
             else:
                 each.state = "completed"
 
+    async def _import_patiently(self, each: Import) -> None:
+        """Import a journal, and go on where it was while the database cannot be used. Raises what `_import` does."""
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                return await self._import(each)
+            except AnswerError as error:
+                if error.status != HTTPStatus.SERVICE_UNAVAILABLE or attempt == _MAX_ATTEMPTS:
+                    raise
+                if attempt == 1:
+                    log().warning("dashboard.import_waiting", journal=each.journal, why=error.message, fix=error.fix)
+                await anyio.sleep(self._retry_seconds)
+        return None
+
     async def _import(self, each: Import) -> None:
         for journal in await anyio.to_thread.run_sync(journals.journals_of, each.journal):
             batches = journals.read_batches(journal, self._watermark)
             before = each.events
             while (batch := await anyio.to_thread.run_sync(next, batches, None)) is not None:
                 each.of = max(before + batch.total, each.events + len(batch.payloads))
-                await self._ingester.ingest(batch.stream, batch.after, batch.payloads, str(journal))
+                done = await self._ingester.ingest(batch.stream, batch.after, batch.payloads, str(journal))
                 each.events += len(batch.payloads)
+                each.unreadable += done.unreadable
 
     def _watermark(self, stream: str) -> int:
         """Return what the database has of a stream; called on the thread that reads the journal."""

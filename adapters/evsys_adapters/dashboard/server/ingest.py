@@ -3,12 +3,13 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
 from typing import Final, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 from evsys_adapters.dashboard.open_series import Changes
 from evsys_adapters.dashboard.server.answers import AnswerError
-from evsys_adapters.dashboard.server.store_thread import StoreThread
+from evsys_adapters.dashboard.server.store_thread import REPORT, StoreThread
 from evsys_adapters.dashboard.store import BehindError, Ingested, Store
 from evsys_bus.diagnostics import log
 
@@ -122,19 +123,64 @@ class Ingester:
     async def _apply_group(self, group: Sequence[_Slice]) -> None:
         results: list[_Result] = []
         try:
-            results += await self._store.call(_ingest_group, group)
-        except AnswerError as error:
-            results += [error] * len(group)
+            results += await self._ingest_parts(group)
         finally:
             if not results:  # the server ends
                 for part in group:
                     part.applied.cancel()
-        changes = Changes()
         for part, result in zip(group, results, strict=True):
             part.applied.set_result(result)
+
+    async def _ingest_parts(self, parts: Sequence[_Slice]) -> list[_Result]:
+        """Store slices, together if that succeeds, else each by itself; an event that cannot be stored is skipped."""
+        try:
+            results = await self._store.call(_ingest_group, parts)
+        except AnswerError as error:
+            return [error] * len(parts)
+        except (MemoryError, OSError):  # of the machine, and not of an event
+            log().error("dashboard.ingest_failed", exc_info=True)
+            return [_fault(HTTPStatus.SERVICE_UNAVAILABLE)] * len(parts)
+        except Exception as error:  # of one event, which must not keep the others out
+            if len(parts) == 1:
+                return [await self._ingest_halves(parts[0], error)]
+            return [result for part in parts for result in await self._ingest_parts([part])]
+        changes = Changes()
+        for result in results:
             if isinstance(result, Ingested):
                 changes.update(result.changed)
         self._on_changes(changes)
+        return [*results]
+
+    async def _ingest_halves(self, part: _Slice, error: Exception) -> _Result:
+        """Store a slice that has failed as a whole, without the events that lead to the error."""
+        middle = len(part.payloads) // 2
+        if not middle:
+            return await self._skip(part, error)
+        [first] = await self._ingest_parts([part._replace(payloads=part.payloads[:middle])])
+        if not isinstance(first, Ingested):
+            return first
+        [last] = await self._ingest_parts([part._replace(after=first.sequence, payloads=part.payloads[middle:])])
+        if not isinstance(last, Ingested):
+            return last
+        return Ingested(
+            last.sequence,
+            first.events + last.events,
+            first.points + last.points,
+            Changes(),  # they are published
+            first.unreadable + last.unreadable,
+        )
+
+    async def _skip(self, part: _Slice, error: Exception) -> _Result:
+        """Count the only event of a slice as unreadable."""
+        try:
+            skipped = await self._store.call(Store.skip, part.stream, part.after, part.payloads)
+        except AnswerError as refusal:
+            return refusal
+        except Exception as other:  # it is not of the event: nothing is skipped
+            log().error("dashboard.ingest_failed", stream=part.stream, exc_info=other)
+            return _fault(HTTPStatus.INTERNAL_SERVER_ERROR)
+        log().error("dashboard.event_failed", stream=part.stream, sequence=skipped.sequence, exc_info=error, fix=REPORT)
+        return skipped
 
 
 def slices(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
@@ -146,6 +192,10 @@ def slices(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
             yield payloads[start:index]
             start, size = index, len(payload)
     yield payloads[start:]
+
+
+def _fault(status: HTTPStatus) -> AnswerError:
+    return AnswerError(status, "fault", "the dashboard failed; its log has the cause", fix=REPORT)
 
 
 def _ingest_group(store: Store, group: Sequence[_Slice]) -> list[Ingested | BehindError]:

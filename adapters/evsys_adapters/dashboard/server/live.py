@@ -348,14 +348,22 @@ class LiveHub:
         joined = [(topic, topic.joined_at) for topic in topics if topic.joined_at is not None]
         for topic, _ in joined:
             topic.joined_at = None
-        await self._mark_topics(topics, pending)
-        for topic, joined_at in joined:
-            await self._mark_topics([topic], [each for at, each in self._history if at > joined_at])
+        try:
+            await self._mark_topics(topics, pending)
+            for topic, joined_at in joined:
+                await self._mark_topics([topic], [each for at, each in self._history if at > joined_at])
+        except (AnswerError, anyio.get_cancelled_exc_class()):  # the next round marks them; twice does no harm
+            self._pending = pending + self._pending
+            for topic, joined_at in joined:
+                topic.joined_at = joined_at if topic.joined_at is None else min(joined_at, topic.joined_at)
+            self._wakeup.set()
+            raise
         return number
 
     async def _mark_topics(self, topics: Sequence[Topic], changes: Sequence[Changes]) -> None:
         views = Views()
         for each in changes:
+            self._places.check(self._store.times_opened)
             series, experiments = self._places.unknown(each)
             if series or experiments:
                 await self._store.call(self._places.look_up, series, experiments)

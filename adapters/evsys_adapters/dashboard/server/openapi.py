@@ -57,6 +57,7 @@ _IMPORT: Final = _object(
     events=_INTEGER,
     of=_OPTIONAL_INTEGER,
     error={"type": ["string", "null"]},
+    unreadable={**_INTEGER, "description": "Delivered events that could not be read."},
 )
 _ERRORS: Final[Json] = {
     "400": _answer("The request cannot be understood.", _ERROR),

@@ -54,6 +54,10 @@ class StoreThread:
     def __init__(self, location: str | Path, open_store: Callable[[str | Path], Store] = open_store) -> None:
         self._location = location
         self._open_store = open_store
+        self.id = ""
+        """The UUID of the database, once it is open."""
+        self.times_opened = 0
+        """How often the store was opened: then the ids of what was removed before may be those of something new."""
         self._executor = ThreadPoolExecutor(1, "dashboard-store")
         self._store: Store | None = None
         self._failure: tuple[float, str, str] | None = None
@@ -114,7 +118,7 @@ class StoreThread:
             assert self._store is not None
             with self._store.reading():
                 return work(self._store)
-        except (StoreError, sqlite3.Error) as error:
+        except (StoreError, sqlite3.OperationalError) as error:  # others are of this call alone
             if isinstance(error, StoreError) and error.problem == "read only":
                 raise _unavailable(error.what, error.fix) from error
             if isinstance(error, StoreError) and error.problem == "failed" and not is_repeated:
@@ -147,7 +151,7 @@ class StoreThread:
 
     def _fail(self, error: StoreError | sqlite3.Error) -> AnswerError:
         """Let calls fail for a while, and return the error of this one."""
-        why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), _REPORT)
+        why, fix = (error.what, error.fix) if isinstance(error, StoreError) else (str(error), REPORT)
         if self._failure is None or self._failure[1] != why:
             log().warning("dashboard.store_failed", database=str(self._location), error=why, fix=fix)
         self._failure = (time.monotonic() + _REOPEN_SECONDS, why, fix)
@@ -160,6 +164,8 @@ class StoreThread:
             self._store = self._open_store(self._location)
         else:
             self._store = self._store.reopen()
+        self.id = self._store.id
+        self.times_opened += 1
         self._failure = None
 
     def _close(self) -> None:
@@ -167,7 +173,7 @@ class StoreThread:
             self._store.close()
 
 
-_REPORT: Final = "report it with the log of the dashboard"
+REPORT: Final = "report it with the log of the dashboard"
 
 
 def _import_numpy() -> None:

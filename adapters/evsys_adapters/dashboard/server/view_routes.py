@@ -179,7 +179,7 @@ class ViewRoutes:
         """Return what a view reads on the store's thread. Raises AnswerError (404) if what it shows is not there."""
 
         def read(store: Store) -> T | None:
-            with contextlib.suppress(LookupError):
+            with contextlib.suppress(views.NotFoundError):
                 return view(store)
             return None
 
