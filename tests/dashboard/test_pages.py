@@ -6,7 +6,7 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from evsys_adapters.dashboard import pages
+from evsys_adapters.dashboard import pages, views
 from evsys_bus import (
     Alert,
     BenchmarkEval,
@@ -301,6 +301,26 @@ def test_alerts_name_their_run(store, delivery):
         "time": START + 1,
     }
     assert page["alerts"] == [alert]
+
+
+def test_the_page_of_an_experiment_has_each_long_error_once_and_shortened_alerts(store, delivery):
+    lines = "".join(f'  File "train.py", line {n}, in step\n' for n in range(2_000))
+    error = f"Traceback (most recent call last):\n{lines}ValueError: boom"
+    for seed in range(3):
+        ctx = context(key=f"a-s{seed}")
+        train(delivery, ctx, status="failed", error=error)
+        delivery.send(*(Alert(ctx, "loss is high", "x" * 100_000) for _ in range(5)))
+    page = page_of(store)
+    first, *others = [run["error"] for run in page["runs"]]
+    assert first.startswith("Traceback")
+    assert first.endswith("in step\nValueError: boom")
+    assert others == ["ValueError: boom"] * 2
+    assert len(page["alerts"]) == 15
+    assert len(msgspec.json.encode(page)) < 30_000
+    [whole] = {views.run(store, run["id"], NOW)["alerts"][0]["text"] for run in page["runs"]}
+    assert len(whole) == 20_000
+    listed = views.runs(store, page["id"], now=NOW)["rows"]
+    assert {row["error"] for row in listed} == {"ValueError: boom"}
 
 
 def test_a_run_shows_its_checkpoints_steps_and_unit(store, delivery):

@@ -11,6 +11,7 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.contents import latest_contents
 from evsys_adapters.dashboard.delivery_views import journal_of_run
+from evsys_adapters.dashboard.error_texts import MAX_TEXT, last_line, shorten
 from evsys_adapters.dashboard.evals import EvalRow
 from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.pages import Direction, Json, direction_of
@@ -25,7 +26,6 @@ MAX_COMPARED: Final = 24
 _SHOWN_METRICS: Final = 3
 _MAX_METRICS: Final = 40
 """Columns of metrics in the list of runs."""
-_MAX_TEXT: Final = 20_000
 _MAX_LINE: Final = 300
 _MAX_EVALS: Final = 300
 _MAX_CONTENTS: Final = 300
@@ -179,7 +179,7 @@ def runs(
                 **{key: value for key, value in row.items() if key not in {"values", "error", "config"}},
                 "arm": shown_arm(run),
                 "config": _short(row["config"]),
-                "error": _last_line(row["error"]),
+                "error": last_line(row["error"]),
                 "seconds": run_seconds(run, now),
                 "last": [_finite(values.last(name)) for name in shown],
                 "best": [_finite(values.best(name, directions[name])) for name in shown],
@@ -234,7 +234,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
         "tags": record.tags,
         "notes": record.notes,
         "now": now,
-        "error": None if record.error is None else _cut(record.error),
+        "error": None if record.error is None else shorten(record.error),
         "config": _short(RunFields(_recorded(record)).config),
         "environment": _short(record.environment),
         "summary": _short(record.summary),
@@ -247,11 +247,11 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             for each in catalogue.details.checkpoints(record.id)
         ],
         "alerts": [
-            {"title": each.title, "text": each.text[:_MAX_TEXT], "level": each.level, "time": each.time}
+            {"title": each.title, "text": each.text[:MAX_TEXT], "level": each.level, "time": each.time}
             for each in catalogue.details.alerts([record.id])
         ],
         "texts": [
-            {"name": name, "step": step, "text": text[:_MAX_TEXT]}
+            {"name": name, "step": step, "text": text[:MAX_TEXT]}
             for name, (step, text) in catalogue.details.texts(record.id).items()
         ],
         "contents": [
@@ -356,7 +356,7 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
         "arm": shown_arm(run),
         "seed": run.seed,
         "state": run_state(run, now),
-        "error": _last_line(run.error),
+        "error": last_line(run.error),
         "step": run.step,
         "num_steps": run.num_steps,
         "unit": run.unit,
@@ -477,20 +477,3 @@ def _short_value(value: Any) -> Any:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None else finite(value)
-
-
-def _last_line(text: str | None) -> str | None:
-    """Return of a traceback the line that names the error, of another text the first one."""
-    if not text:
-        return None
-    lines = _cut(text).strip().splitlines() or [""]
-    return (lines[-1] if _is_traceback(text) else lines[0])[:_MAX_LINE]
-
-
-def _cut(text: str) -> str:
-    """Return the end of a long traceback, the beginning of another long text."""
-    return text[-_MAX_TEXT:] if _is_traceback(text) else text[:_MAX_TEXT]
-
-
-def _is_traceback(text: str) -> bool:
-    return text.startswith("Traceback")
