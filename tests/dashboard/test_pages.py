@@ -6,7 +6,8 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from evsys_adapters.dashboard import pages, views
+from evsys_adapters.checkpoints.events import CheckpointUploaded
+from evsys_adapters.dashboard import eval_views, pages, views
 from evsys_bus import (
     Alert,
     BenchmarkEval,
@@ -321,6 +322,22 @@ def test_the_page_of_an_experiment_has_each_long_error_once_and_shortened_alerts
     assert len(whole) == 20_000
     listed = views.runs(store, page["id"], now=NOW)["rows"]
     assert {row["error"] for row in listed} == {"ValueError: boom"}
+
+
+def test_an_upload_that_names_a_run_by_a_key_of_several_is_shown_of_none_of_them(store, delivery):
+    row = ManifestRow("step-2", 2, state_path="/runs/lr/step-2")
+    for root, keys in (("/runs/one", ["same", "only"]), ("/runs/two", ["same"])):
+        for key in keys:
+            ctx = context(root, key)
+            delivery.send(RunStart(ctx), Checkpoint(state_of(ctx), row))
+    for key in ("same", "only"):
+        delivery.send(CheckpointUploaded(key, "step-2", 2, f"s3://one/{key}", 2, 117, 0.5))
+    shown = {
+        (each["name"], row["run_name"]): row["url"]
+        for each in pages.home(store, NOW)["experiments"]
+        for row in eval_views.checkpoints(store, each["id"], NOW)["rows"]
+    }
+    assert shown == {("one", "same"): None, ("one", "only"): "s3://one/only", ("two", "same"): None}
 
 
 def test_a_run_shows_its_checkpoints_steps_and_unit(store, delivery):

@@ -329,16 +329,20 @@ class Records:
         found = {self.find("journal stream", str(name).partition("\n")[0]) for (name,) in rows}
         return {each for each in found if each is not None}
 
+    def ids_of_key(self, key: str) -> list[int]:
+        """Return the ids of all runs of this key."""
+        rows = self._database.query(
+            "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
+        )
+        return [int(id_) for (id_,) in rows]
+
     def find_by_key(self, key: str, stream: str, time: float) -> RunRecord | None:
         """Return the run of this key whose events are in the same journal as a stream.
 
         Of several, and where the journal of the stream or of the runs is unknown: that whose newest event is nearest to
         the time.
         """
-        rows = self._database.query(
-            "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
-        )
-        found = [run for (id_,) in rows if (run := self.run(int(id_))) is not None]
+        found = [run for id_ in self.ids_of_key(key) if (run := self.run(id_)) is not None]
         journal = self.find("journal stream", stream)
         if journal is not None:
             journals = {run.id: self._journals_of(run) for run in found}

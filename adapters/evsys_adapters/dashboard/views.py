@@ -368,16 +368,25 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
 
 
 def uploads_of(store: Store, runs: Sequence[RunRecord]) -> dict[tuple[str, str], Json]:
-    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint."""
+    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint.
+
+    An event that names a run only by its key counts if no other run has that key.
+    """
+    records = store.catalogue.records
     found: dict[tuple[str, str], Json] = {}
     times: dict[tuple[str, str], float] = {}
     details = store.catalogue.details
+    is_only: dict[str, bool] = {}
     for owner, key in [(0, None), *((run.id, run.key) for run in runs)]:
         for tag in details.event_counts(owner):
             state = _UPLOAD_EVENTS.get(tag.rpartition(".")[2])
             for event in [] if state is None else details.kept_events(owner, tag, _MAX_UPLOAD_EVENTS):
                 about = fields(event["fields"])
                 name = (key or str(about.get("run")), str(about.get("checkpoint")))
+                if key is None and name[0] not in is_only:
+                    is_only[name[0]] = len(records.ids_of_key(name[0])) == 1
+                if key is None and not is_only[name[0]]:
+                    continue
                 if name not in found or times[name] < event["time"]:
                     size = about.get("bytes") or about.get("total_bytes")
                     found[name] = {"upload": state, "url": about.get("url"), "bytes": size}
