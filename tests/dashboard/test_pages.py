@@ -340,6 +340,19 @@ def test_an_upload_that_names_a_run_by_a_key_of_several_is_shown_of_none_of_them
     assert shown == {("one", "same"): None, ("one", "only"): "s3://one/only", ("two", "same"): None}
 
 
+def test_predictions_for_the_same_task_are_found_beside_thousands_of_another_experiment(store, delivery):
+    daily = [{"task_id": "q0", "sample_idx": 0, "output": str(n)} for n in range(2_100)]
+    delivery.send(BenchmarkEval(context("/runs/daily", "daily"), EvalResult("gsm"), daily))
+    own = [context("/runs/own", f"a-s{seed}") for seed in range(2)]
+    for ctx in own:
+        delivery.send(BenchmarkEval(ctx, EvalResult("gsm"), [{"task_id": "q0", "output": ctx.run_key}]))
+        delivery.send(BenchmarkEval(ctx, EvalResult("other"), [{"task_id": "q0"}]))
+    [run] = store.catalogue.records.ids_of_key("a-s0")
+    first = next(each for each in store.catalogue.evals.of_run(run) if each.name == "gsm")
+    found = eval_views.prediction(store, first.id << 24)["others"]
+    assert [(each["output"], each["of"]["eval"]) for each in found] == [("a-s1", "gsm")]
+
+
 def test_a_run_shows_its_checkpoints_steps_and_unit(store, delivery):
     ctx = context(extras={"unit": "tokens"})
     state = state_of(ctx, num_steps=10)
