@@ -73,6 +73,8 @@ class ExperimentRecord(msgspec.Struct, omit_defaults=True):
     """When it was moved to the trash."""
     extra: dict[str, Any] = {}
     """What a client of the hosted service has sent beside these."""
+    expired: float | None = None
+    """If it is in the trash because it had no event since then: that time; None if a person moved it there."""
 
 
 class RunRecord(msgspec.Struct, omit_defaults=True):
@@ -439,7 +441,13 @@ class Records:
         return self._versions.get(experiment, 0)
 
     def flush(self) -> None:
-        """Write the changed records."""
+        """Write the changed records. An experiment that has expired leaves the trash if a run of it goes on."""
+        for id_ in self._changed_progress:
+            run = self._runs[id_]
+            experiment = self.experiment(run.experiment)
+            if experiment is not None and experiment.expired is not None and (run.last or 0.0) >= experiment.expired:
+                experiment.hidden = experiment.expired = None
+                self.touch(experiment)
         if self._changed_experiments:
             found = [self._experiments[id_] for id_ in self._changed_experiments]
             self._database.executemany(
