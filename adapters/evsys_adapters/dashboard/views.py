@@ -221,7 +221,6 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     assert experiment is not None
     values = RunValues(record, store.series.names(record.id))
     evals = catalogue.evals.of_run(record.id)
-    contents = catalogue.details.contents(record.id)
     runs = catalogue.records.runs(experiment.id)
     uploads = uploads_of(store, [record])
     return {
@@ -256,9 +255,9 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
         ],
         "contents": [
             {key: each.get(key) for key in ("name", "kind", "step", "time", "path", "size", "caption", "media_type")}
-            for each in contents[-_MAX_CONTENTS:]
+            for each in catalogue.details.contents(record.id, _MAX_CONTENTS)
         ],
-        "shown_contents": latest_contents(contents),
+        "shown_contents": latest_contents(catalogue.details, record.id),
         "events": catalogue.details.event_counts(record.id),
         **journal_of_run(store, record, experiment, now),
     }
