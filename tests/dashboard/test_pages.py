@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from evsys_adapters.checkpoints.events import CheckpointUploaded
-from evsys_adapters.dashboard import eval_views, pages, views
+from evsys_adapters.dashboard import delivery_views, eval_views, pages, views
 from evsys_bus import (
     Alert,
     BenchmarkEval,
@@ -351,6 +351,12 @@ def test_predictions_for_the_same_task_are_found_beside_thousands_of_another_exp
     first = next(each for each in store.catalogue.evals.of_run(run) if each.name == "gsm")
     found = eval_views.prediction(store, first.id << 24)["others"]
     assert [(each["output"], each["of"]["eval"]) for each in found] == [("a-s1", "gsm")]
+
+
+def test_health_has_the_number_of_points_that_were_refused_because_of_their_step(store, delivery):
+    state = state_of(context())
+    delivery.send(*(StepEnd(state, step, metrics={"loss": 1.0, "lr": 0.1}) for step in (0, 1, 1 << 53)))
+    assert delivery_views.health(store, NOW)["database"]["refused_points"] == 2
 
 
 def test_a_run_shows_its_checkpoints_steps_and_unit(store, delivery):

@@ -61,6 +61,7 @@ def health(store: Store, now: float | None = None) -> Json:
             "streams": streams,
             "series": series,
             "unreadable": store.catalogue.unreadable_events,
+            "refused_points": store.series.refused,
         },
         "journals": journals,
     }
