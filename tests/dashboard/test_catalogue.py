@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 
+from evsys_adapters.dashboard import views
 from evsys_adapters.dashboard.records import run_state
 from evsys_adapters.system_metrics import SystemMetrics
 from evsys_bus import (
@@ -411,16 +412,26 @@ class TestRunFacts:
             ("first", "info", START),
         ]
 
-    def test_a_content_has_its_file_where_this_machine_has_it(self, store, delivery, tmp_path):
+    def test_contents_are_read_without_a_look_at_their_files_and_a_picture_is_shown_where_its_file_is(
+        self, store, delivery, tmp_path
+    ):
         ctx = context(str(tmp_path), "run")
+        digests = {name: letter * 64 for name, letter in (("here", "a"), ("gone", "b"))}
         (tmp_path / "run/media").mkdir(parents=True)
-        (tmp_path / "run/media/here.png").write_bytes(b"x")
-        state = state_of(ctx)
-        for name in ("here", "gone"):
-            delivery.send(Content(state, 3, ContentItem("image", name, f"media/{name}.png", digest=name)))
-        here, gone = store.catalogue.details.contents(only_run(store))
-        assert here["file"] == str(tmp_path / "run/media/here.png")
-        assert (gone["file"], gone["path"], gone["digest"], gone["step"]) == (None, "media/gone.png", "gone", 3)
+        (tmp_path / f"run/media/{digests['here']}.png").write_bytes(b"x")
+        for step in range(400):
+            for name, digest in digests.items():
+                delivery.send(Content(state_of(ctx), step, ContentItem("image", name, f"media/{digest}.png")))
+        run = only_run(store)
+        newest = store.catalogue.details.contents(run, limit=3)
+        assert [(each["name"], each["step"]) for each in newest] == [("gone", 398), ("here", 399), ("gone", 399)]
+        assert newest[2]["file"] == str(tmp_path / f"run/media/{digests['gone']}.png")
+        page = views.run(store, store.catalogue.records.run(run).public)
+        assert [(each["name"], each["step"], each["earlier"], each["picture"]) for each in page["shown_contents"]] == [
+            ("here", 399, 399, digests["here"]),
+            ("gone", 399, 399, None),
+        ]
+        assert [each["step"] for each in page["contents"]] == [n // 2 for n in range(500, 800)]
 
     def test_events_of_a_program_are_counted_and_kept_by_type(self, store, delivery):
         class CurriculumMoved(Event, frozen=True):

@@ -18,7 +18,7 @@ from evsys_bus.errors import RunNotFoundError
 from evsys_bus.journal import JournalWriter
 from evsys_bus.reading import read_runs
 from support import ROOT
-from support.dashboard_stores import START, Delivery, context, open_store, points, train
+from support.dashboard_stores import START, Delivery, context, open_store, points, state_of, train
 from support.recorded_runs import KILLED, record_run
 
 DAY = 86_400.0
@@ -222,17 +222,33 @@ class TestTrash:
         assert store.database.query("SELECT COUNT(*) FROM run") == [(1,)]
         assert store.database.query("SELECT COUNT(DISTINCT run) FROM series") == [(1,)]
 
-    def test_an_experiment_that_goes_on_after_it_has_expired_is_not_purged(self, store):
-        train(Delivery(store, "r0-old", start=START), context())
+    def test_an_experiment_that_has_expired_comes_back_when_a_run_of_it_goes_on(self, store):
+        first = Delivery(store, "r0-old", start=START)
+        train(first, context(), status=None)
         journals.expire(store, 10, START + 31 * DAY)
+        late = StepEnd(state_of(context()), 3, metrics={"loss": 9.0})
+        first.send(late)
+        assert pages.home(store, START + 32 * DAY)["experiments"] == []
         resumed = Delivery(store, "r1-new", start=START + 40 * DAY)
         train(resumed, context(), first_step=3, status=None)
-        assert journals.purge(store, START + 62 * DAY, trash_days=30) == journals.Removed(0, 0)
-        (hidden,) = store.catalogue.records.experiments(hidden=True)
-        journals.restore(store, hidden.public)
+        [row] = pages.home(store, START + 40 * DAY)["experiments"]
+        assert (row["state"], row["runs"]["total"]) == ("running", 1)
         assert losses_of(store, "a-s0") == {0: 3.0, 1: 2.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 1.0}
-        journals.move_to_trash(store, hidden.public, START + 62 * DAY)
-        assert journals.purge(store, START + 93 * DAY, trash_days=30) == journals.Removed(1, 1)
+        with closing(store.reopen()) as reopened:
+            assert len(pages.home(reopened, START + 40 * DAY)["experiments"]) == 1
+            assert journals.purge(reopened, START + 99 * DAY, trash_days=30) == journals.Removed(0, 0)
+            assert journals.expire(reopened, 10, START + 99 * DAY) == journals.Removed(1, 1)
+
+    def test_an_experiment_that_a_person_moved_to_the_trash_stays_there_and_is_not_purged_while_it_goes_on(self, store):
+        train(Delivery(store, "r0-old", start=START), context())
+        journals.expire(store, 10, START + 31 * DAY)
+        [expired] = store.catalogue.records.experiments(hidden=True)
+        journals.move_to_trash(store, expired.public, START + 32 * DAY)
+        resumed = Delivery(store, "r1-new", start=START + 40 * DAY)
+        train(resumed, context(), first_step=3, status=None)
+        assert pages.home(store, START + 40 * DAY)["experiments"] == []
+        assert journals.purge(store, START + 63 * DAY, trash_days=30) == journals.Removed(0, 0)
+        assert journals.purge(store, START + 71 * DAY, trash_days=30) == journals.Removed(1, 1)
 
     def test_events_that_come_after_a_purge_make_a_new_run(self, store):
         delivery = Delivery(store)

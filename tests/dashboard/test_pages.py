@@ -6,7 +6,8 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from evsys_adapters.dashboard import pages
+from evsys_adapters.checkpoints.events import CheckpointUploaded
+from evsys_adapters.dashboard import delivery_views, eval_views, pages, views
 from evsys_bus import (
     Alert,
     BenchmarkEval,
@@ -301,6 +302,61 @@ def test_alerts_name_their_run(store, delivery):
         "time": START + 1,
     }
     assert page["alerts"] == [alert]
+
+
+def test_the_page_of_an_experiment_has_each_long_error_once_and_shortened_alerts(store, delivery):
+    lines = "".join(f'  File "train.py", line {n}, in step\n' for n in range(2_000))
+    error = f"Traceback (most recent call last):\n{lines}ValueError: boom"
+    for seed in range(3):
+        ctx = context(key=f"a-s{seed}")
+        train(delivery, ctx, status="failed", error=error)
+        delivery.send(*(Alert(ctx, "loss is high", "x" * 100_000) for _ in range(5)))
+    page = page_of(store)
+    first, *others = [run["error"] for run in page["runs"]]
+    assert first.startswith("Traceback")
+    assert first.endswith("in step\nValueError: boom")
+    assert others == ["ValueError: boom"] * 2
+    assert len(page["alerts"]) == 15
+    assert len(msgspec.json.encode(page)) < 30_000
+    [whole] = {views.run(store, run["id"], NOW)["alerts"][0]["text"] for run in page["runs"]}
+    assert len(whole) == 20_000
+    listed = views.runs(store, page["id"], now=NOW)["rows"]
+    assert {row["error"] for row in listed} == {"ValueError: boom"}
+
+
+def test_an_upload_that_names_a_run_by_a_key_of_several_is_shown_of_none_of_them(store, delivery):
+    row = ManifestRow("step-2", 2, state_path="/runs/lr/step-2")
+    for root, keys in (("/runs/one", ["same", "only"]), ("/runs/two", ["same"])):
+        for key in keys:
+            ctx = context(root, key)
+            delivery.send(RunStart(ctx), Checkpoint(state_of(ctx), row))
+    for key in ("same", "only"):
+        delivery.send(CheckpointUploaded(key, "step-2", 2, f"s3://one/{key}", 2, 117, 0.5))
+    shown = {
+        (each["name"], row["run_name"]): row["url"]
+        for each in pages.home(store, NOW)["experiments"]
+        for row in eval_views.checkpoints(store, each["id"], NOW)["rows"]
+    }
+    assert shown == {("one", "same"): None, ("one", "only"): "s3://one/only", ("two", "same"): None}
+
+
+def test_predictions_for_the_same_task_are_found_beside_thousands_of_another_experiment(store, delivery):
+    daily = [{"task_id": "q0", "sample_idx": 0, "output": str(n)} for n in range(2_100)]
+    delivery.send(BenchmarkEval(context("/runs/daily", "daily"), EvalResult("gsm"), daily))
+    own = [context("/runs/own", f"a-s{seed}") for seed in range(2)]
+    for ctx in own:
+        delivery.send(BenchmarkEval(ctx, EvalResult("gsm"), [{"task_id": "q0", "output": ctx.run_key}]))
+        delivery.send(BenchmarkEval(ctx, EvalResult("other"), [{"task_id": "q0"}]))
+    [run] = store.catalogue.records.ids_of_key("a-s0")
+    first = next(each for each in store.catalogue.evals.of_run(run) if each.name == "gsm")
+    found = eval_views.prediction(store, first.id << 24)["others"]
+    assert [(each["output"], each["of"]["eval"]) for each in found] == [("a-s1", "gsm")]
+
+
+def test_health_has_the_number_of_points_that_were_refused_because_of_their_step(store, delivery):
+    state = state_of(context())
+    delivery.send(*(StepEnd(state, step, metrics={"loss": 1.0, "lr": 0.1}) for step in (0, 1, 1 << 53)))
+    assert delivery_views.health(store, NOW)["database"]["refused_points"] == 2
 
 
 def test_a_run_shows_its_checkpoints_steps_and_unit(store, delivery):

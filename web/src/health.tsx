@@ -17,7 +17,7 @@ interface Journal extends JournalRows {
 
 interface Health extends Answer {
   now: number;
-  database: { path: string; bytes: number; events: number; streams: number; series: number; unreadable: number };
+  database: { path: string; bytes: number; events: number; streams: number; series: number; unreadable: number; refused_points: number };
   journals: Journal[];
 }
 
@@ -79,6 +79,11 @@ export function HealthPage() {
         <Fact label="streams">{count(database.streams)}</Fact>
         <Fact label="series">{count(database.series)}</Fact>
         {database.unreadable > 0 && <Fact label="unreadable events">{count(database.unreadable)}</Fact>}
+        {database.refused_points > 0 && (
+          <Fact label="refused points" title="Their steps are too large, or too far from all others of their series.">
+            {count(database.refused_points)}
+          </Fact>
+        )}
       </p>
       {health.journals.length === 0 && (
         <p class="empty">No courier has reported yet. A run that sends here with evsys_logger reports how far each of its adapters is.</p>

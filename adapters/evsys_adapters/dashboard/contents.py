@@ -5,12 +5,14 @@ as a path leads to no other file.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
+from evsys_adapters.dashboard.details import Details
 from evsys_adapters.dashboard.values import finite
 
 MAX_PICTURE_BYTES: Final = 16 << 20
@@ -30,30 +32,25 @@ _PICTURE_TYPES: Final = (
 )
 
 
-def latest_contents(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def latest_contents(details: Details, run: int) -> list[dict[str, Any]]:
     """Return the newest content of each kind and name that pages can show, with its data.
-
-    Args:
-        contents: As of `Details.contents`.
 
     Returns:
         For each ``kind``, ``name``, ``step``, ``time``, ``caption``; ``data``: a text, columns and rows, or edges and
         counts; ``picture``, the digest of one whose file is here; and ``earlier``, how many came before it.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for each in contents:
-        key = (str(each.get("kind")), str(each.get("name")))
-        if key[0] not in _SHOWN or (key not in found and len(found) >= _MAX_NAMES):
-            continue
-        earlier = 1 + found[key]["earlier"] if key in found else 0
-        picture = _PICTURE_NAME.fullmatch(str(each.get("path")))
-        found[key] = {
-            **{name: each.get(name) for name in ("kind", "name", "step", "time", "caption")},
-            "data": _bounded_data(key[0], fields(each.get("data"))),
-            "picture": picture[1] if picture and each.get("file") else None,
-            "earlier": earlier,
-        }
-    return [*found.values()]
+    found: list[dict[str, Any]] = []
+    for each, count in details.newest_contents(run, sorted(_SHOWN), _MAX_NAMES):
+        picture, file = _PICTURE_NAME.fullmatch(str(each.get("path"))), each["file"]
+        found.append(
+            {
+                **{name: each.get(name) for name in ("kind", "name", "step", "time", "caption")},
+                "data": _bounded_data(str(each.get("kind")), fields(each.get("data"))),
+                "picture": picture[1] if picture and file and os.path.exists(file) else None,  # noqa: PTH110 # as text, like the path
+                "earlier": count - 1,
+            }
+        )
+    return found
 
 
 def read_picture(contents: Sequence[Mapping[str, Any]], digest: str) -> tuple[str, bytes] | None:

@@ -8,11 +8,10 @@ from typing import Any, Final
 import msgspec
 
 from evsys_adapters.common.hook_arguments import fields, list_or_empty
-from evsys_adapters.dashboard.details import JournalStatus
+from evsys_adapters.dashboard.details import JournalStatus, journal_in
 from evsys_adapters.dashboard.pages import Json
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, run_seconds, run_state
 from evsys_adapters.dashboard.store import Store
-from evsys_bus.reading import JOURNAL
 from evsys_bus.tasks import DeliveryStatus
 
 _MAX_STATUSES: Final = 2_000
@@ -61,6 +60,7 @@ def health(store: Store, now: float | None = None) -> Json:
             "streams": streams,
             "series": series,
             "unreadable": store.catalogue.unreadable_events,
+            "refused_points": store.series.refused,
         },
         "journals": journals,
     }
@@ -76,15 +76,11 @@ def journal_of_run(store: Store, run: RunRecord, experiment: ExperimentRecord, n
         now: The time by which runs count as stalled.
     """
     for path, owner in ((run.path, run), (experiment.path, None)):
-        journal = _journal_of(path)
+        journal = journal_in(path) if path else None
         statuses = [] if journal is None else store.catalogue.details.statuses([journal])
         if statuses:
             return {"journal": journal, **_journal_rows(statuses, _runs_of(store, owner, experiment), now)}
     return {"journal": None, **_journal_rows([], [run], now)}
-
-
-def _journal_of(path: str | None) -> str | None:
-    return None if not path else f"{path.rstrip('/')}/{JOURNAL}"
 
 
 def _runs_of(store: Store, run: RunRecord | None, experiment: ExperimentRecord | None) -> Sequence[RunRecord]:

@@ -3,7 +3,6 @@
 The owner of an event is the id of its run, or the negative id of its experiment, or 0 if it names neither.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -40,6 +39,7 @@ TABLES: Final = [
         body TEXT NOT NULL, PRIMARY KEY (owner, type, slot))""",
 ]
 
+_MAX_CONTENTS: Final = 1_000_000
 _KEPT_EVENTS: Final = 10_000
 """Of one type and owner; older ones are only counted."""
 
@@ -150,17 +150,26 @@ class Details:
         """Remove the contents of a rank from a step on."""
         self._database.execute("DELETE FROM content WHERE run = ? AND rank = ? AND step >= ?", run, rank, step)
 
-    def contents(self, run: int) -> list[dict[str, Any]]:
-        """Return the texts, pictures, tables and files of a run, each with its ``file`` if this machine has it."""
-        rows = self._database.query("SELECT step, time, body FROM content WHERE run = ? ORDER BY id", run)
-        found: list[dict[str, Any]] = []
-        for step, time, body in rows:
-            item = {**_fields(body), "step": step, "time": time}
-            folder, path = item.pop("folder", None), item.get("path")
-            file = f"{folder}/{path}" if folder and path else ""
-            item["file"] = file if file and os.path.exists(file) else None  # noqa: PTH110 # as text, like the path
-            found.append(item)
-        return found
+    def contents(self, run: int, limit: int = _MAX_CONTENTS) -> list[dict[str, Any]]:
+        """Return the newest texts, pictures, tables and files of a run, oldest first.
+
+        The ``file`` of each is where it was recorded, maybe on another machine; None if it has none.
+        """
+        rows = self._database.query(
+            "SELECT step, time, body FROM content WHERE run = ? ORDER BY id DESC LIMIT ?", run, limit
+        )
+        return [_content(*row) for row in reversed(rows)]
+
+    def newest_contents(self, run: int, kinds: Sequence[str], limit: int) -> list[tuple[dict[str, Any], int]]:
+        """Return the newest content of each kind and name, and how many there are, in the order of their first ones."""
+        marks = ", ".join("?" * len(kinds))
+        rows = self._database.query(
+            "SELECT step, time, body, n FROM content JOIN (SELECT MIN(id) AS first, MAX(id) AS newest, COUNT(*) AS n "  # noqa: S608 # marks only
+            f"FROM content WHERE run = ? AND kind IN ({marks}) GROUP BY kind, name ORDER BY MIN(id) LIMIT ?) found "
+            "ON id = newest ORDER BY first",
+            *(run, *kinds, limit),
+        )
+        return [(_content(step, time, body), int(n)) for step, time, body, n in rows]
 
     def add_alert(self, run: int, title: str, text: str, level: str, time: float) -> None:
         """Add an alert."""
@@ -277,6 +286,12 @@ class Details:
             self._database.execute(f"DELETE FROM {table} WHERE owner = ?", owner)  # noqa: S608 # our own names
         for key in [key for key in self._counts if key[0] == owner]:
             del self._counts[key]
+
+
+def _content(step: int | None, time: float, body: str) -> dict[str, Any]:
+    item = {**_fields(body), "step": step, "time": time}
+    folder, path = item.pop("folder", None), item.get("path")
+    return {**item, "file": f"{folder}/{path}" if folder and path else None}
 
 
 def journal_in(folder: str) -> str:

@@ -224,19 +224,16 @@ def _origin(row: EvalRow, run: RunRecord) -> Json:
 
 def _same_task(store: Store, id_: int, own: EvalRow, run: RunRecord) -> list[Json]:
     """Return the predictions for the same task in evals of the same name and step, of other runs of the experiment."""
+    evals = store.catalogue.evals
     runs = {each.id: each for each in store.catalogue.records.runs(run.experiment)}
-    rows = store.database.query(
-        "SELECT id FROM prediction WHERE task = (SELECT task FROM prediction WHERE id = ?) AND id != ? ORDER BY id "
-        "LIMIT 2000",
-        *(id_, id_),
-    )
+    rows = sorted((row for each in runs for row in evals.named(each, own.name, own.step)), key=lambda row: row.id)
     others: list[Json] = []
-    for (other,) in rows:
-        row = store.catalogue.evals.get(other >> _EVAL_BITS)
-        if row is None or row.run not in runs or (row.name, row.step) != (own.name, own.step):
-            continue
-        found = store.catalogue.evals.prediction(other)
-        if found is not None and len(others) < _MAX_SIBLINGS:
+    for row in rows:
+        if len(others) == _MAX_SIBLINGS:
+            break
+        for other in evals.of_same_task(id_, row.id, _MAX_SIBLINGS - len(others)):
+            found = evals.prediction(other)
+            assert found is not None
             others.append({"id": str(other), **_encodable(found), **_origin(row, runs[row.run])})
     return others
 

@@ -197,6 +197,21 @@ class Evals:
         )
         return next(map(_eval_row, rows), None)
 
+    def named(self, run: int, name: str, step: int | None) -> list[EvalRow]:
+        """Return the evals of a run that have this name and step."""
+        at, args = ("step IS NULL", ()) if step is None else ("step = ?", (step,))
+        rows = self._database.query(f"{_SELECT} WHERE run = ? AND name = ? AND {at}", run, name, *args)
+        return [*map(_eval_row, rows)]
+
+    def of_same_task(self, id_: int, eval_: int, limit: int) -> list[int]:
+        """Return the ids of the first predictions of an eval for the task of a prediction, without its own."""
+        rows = self._database.query(
+            "SELECT id FROM prediction WHERE task = (SELECT task FROM prediction WHERE id = ?) AND id != ? "
+            "AND id BETWEEN ? AND ? ORDER BY id LIMIT ?",
+            *(id_, id_, *_range(eval_), limit),
+        )
+        return [int(other) for (other,) in rows]
+
     def predictions(
         self,
         id_: int,

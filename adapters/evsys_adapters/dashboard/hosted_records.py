@@ -195,7 +195,7 @@ class HostedRecords:
         known = self._records.find("experiment", str(args["experiment_id"]))
         record = None if known is None else self._records.experiment(known)
         if record is not None:
-            record.hidden = time
+            record.hidden, record.expired = time, None
             self._records.touch(record)
             changes.experiments.add(record.id)
         return {"deleted": record is not None}

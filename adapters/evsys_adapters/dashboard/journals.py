@@ -246,7 +246,7 @@ def restore(store: Store, public_id: str) -> bool:
     return _set_hidden(store, public_id, None)
 
 
-def _set_hidden(store: Store, public_id: str, hidden: float | None) -> bool:
+def _set_hidden(store: Store, public_id: str, hidden: float | None, expired: float | None = None) -> bool:
     records = store.catalogue.records
     found: list[ExperimentRecord | RunRecord | None] = []
     experiment, run = store.catalogue.experiment_id(public_id), store.catalogue.run_id(public_id)
@@ -256,6 +256,8 @@ def _set_hidden(store: Store, public_id: str, hidden: float | None) -> bool:
         for each in found:
             if each is not None:
                 each.hidden = hidden
+                if isinstance(each, ExperimentRecord):
+                    each.expired = expired
                 records.touch(each)
                 changes.experiments.add(each.experiment if isinstance(each, RunRecord) else each.id)
                 if isinstance(each, RunRecord):
@@ -264,7 +266,10 @@ def _set_hidden(store: Store, public_id: str, hidden: float | None) -> bool:
 
 
 def expire(store: Store, keep_days: float, now: float) -> Removed:
-    """Move to the trash what has had no event for so many days: experiments with all their runs."""
+    """Move to the trash what has had no event for so many days: experiments with all their runs.
+
+    Such an experiment comes back as soon as a run of it has an event of these days or later.
+    """
     limit = now - keep_days * _DAY_SECONDS
     expired: list[tuple[ExperimentRecord, int]] = []
     for record in store.catalogue.records.experiments():
@@ -274,14 +279,14 @@ def expire(store: Store, keep_days: float, now: float) -> Removed:
         if newest < limit and not is_open:
             expired.append((record, len(runs)))
     for record, _ in expired:
-        move_to_trash(store, record.public, now)
+        _set_hidden(store, record.public, now, limit)
     return Removed(len(expired), sum(runs for _, runs in expired))
 
 
 def purge(store: Store, now: float, trash_days: float = 0.0) -> Removed:
     """Remove for good what has been in the trash for so many days; each run in a transaction of its own.
 
-    What has had an event since then stays: the run goes on, maybe resumed after it has expired.
+    What has had an event since then stays: the run goes on.
     The events stay marked as delivered, so that couriers do not send them again.
     """
     limit = now - trash_days * _DAY_SECONDS

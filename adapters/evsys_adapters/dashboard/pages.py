@@ -16,6 +16,7 @@ import msgspec
 
 from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard.catalogue import Catalogue
+from evsys_adapters.dashboard.error_texts import MAX_LISTED, shorten, shorten_errors
 from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.records import ExperimentRecord, RunRecord, arm_of, run_state, stalled_at
 from evsys_adapters.dashboard.series import SeriesStore
@@ -65,6 +66,8 @@ _MAX_SHOWN_ARMS: Final = 1_000
 _MAX_LISTED_CHARS: Final = 300
 _MAX_LISTED_TAGS: Final = 50
 """In the list of experiments; the experiment's own page has all."""
+_MAX_ALERT_CHARS: Final = 400
+"""The pages of the runs have the rest."""
 _BASELINES: Final = ("baseline", "control")
 _LEFT_OUT: Final = frozenset({"failed", "cancelled", "stalled", "pending"})
 """States of runs whose values do not count where an arm has others."""
@@ -397,6 +400,8 @@ class _View:
         varying = differing_keys(configs.values()) if len(self._runs) > 1 else []
         public = {run.id: run.public for run in self._runs}
         alerts = catalogue.details.alerts([*public])
+        runs = [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()]
+        shorten_errors(runs)
         return {
             "id": record.public,
             "name": record.name,
@@ -411,13 +416,13 @@ class _View:
             "last_event": self._last_event,
             "progress": self._progress,
             "best_score": record.best_score,
-            "error": record.error,
+            "error": record.error and shorten(record.error, MAX_LISTED),
             "baseline": None if (baseline := self._baseline()) is None else baseline.name,
             "counts": self._counts(),
             "headlines": [each._asdict() for each in self._headlines],
             "arms": self._arm_rows(baseline),
             "lead": self._lead(),
-            "runs": [self._run_row(run, configs[run.id], varying) for run in self._ordered_runs()],
+            "runs": runs,
             "metrics": self._metric_rows(),
             "same": _same(configs.values(), varying),
             "deliveries": [
@@ -425,7 +430,9 @@ class _View:
                 for each in catalogue.statuses_of(record.id)
                 if each.kind == "delivery"
             ],
-            "alerts": [{**alert._asdict(), "run": public[alert.run]} for alert in alerts],
+            "alerts": [
+                {**each._asdict(), "run": public[each.run], "text": each.text[:_MAX_ALERT_CHARS]} for each in alerts
+            ],
         }
 
     def _arm_rows(self, baseline: _Arm | None) -> list[Json]:

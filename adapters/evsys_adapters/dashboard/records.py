@@ -73,6 +73,8 @@ class ExperimentRecord(msgspec.Struct, omit_defaults=True):
     """When it was moved to the trash."""
     extra: dict[str, Any] = {}
     """What a client of the hosted service has sent beside these."""
+    expired: float | None = None
+    """If it is in the trash because it had no event since then: that time; None if a person moved it there."""
 
 
 class RunRecord(msgspec.Struct, omit_defaults=True):
@@ -329,16 +331,20 @@ class Records:
         found = {self.find("journal stream", str(name).partition("\n")[0]) for (name,) in rows}
         return {each for each in found if each is not None}
 
+    def ids_of_key(self, key: str) -> list[int]:
+        """Return the ids of all runs of this key."""
+        rows = self._database.query(
+            "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
+        )
+        return [int(id_) for (id_,) in rows]
+
     def find_by_key(self, key: str, stream: str, time: float) -> RunRecord | None:
         """Return the run of this key whose events are in the same journal as a stream.
 
         Of several, and where the journal of the stream or of the runs is unknown: that whose newest event is nearest to
         the time.
         """
-        rows = self._database.query(
-            "SELECT id FROM identity WHERE kind = 'run key' AND name >= ? AND name < ?", f"{key}\n", f"{key}\v"
-        )
-        found = [run for (id_,) in rows if (run := self.run(int(id_))) is not None]
+        found = [run for id_ in self.ids_of_key(key) if (run := self.run(id_)) is not None]
         journal = self.find("journal stream", stream)
         if journal is not None:
             journals = {run.id: self._journals_of(run) for run in found}
@@ -435,7 +441,13 @@ class Records:
         return self._versions.get(experiment, 0)
 
     def flush(self) -> None:
-        """Write the changed records."""
+        """Write the changed records. An experiment that has expired leaves the trash if a run of it goes on."""
+        for id_ in self._changed_progress:
+            run = self._runs[id_]
+            experiment = self.experiment(run.experiment)
+            if experiment is not None and experiment.expired is not None and (run.last or 0.0) >= experiment.expired:
+                experiment.hidden = experiment.expired = None
+                self.touch(experiment)
         if self._changed_experiments:
             found = [self._experiments[id_] for id_ in self._changed_experiments]
             self._database.executemany(

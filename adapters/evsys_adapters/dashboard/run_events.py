@@ -210,7 +210,10 @@ def _stored_events(store: Store, run: RunRecord) -> Iterator[tuple[float, str, i
     details = store.catalogue.details
     for row in store.catalogue.evals.of_run(run.id)[-_MAX_STORED:]:
         yield row.time, row.kind, row.step, {"name": row.name, **row.body}
-    for kind, found in (("checkpoint", details.checkpoints(run.id)), ("content", details.contents(run.id))):
+    for kind, found in (
+        ("checkpoint", details.checkpoints(run.id)),
+        ("content", details.contents(run.id, _MAX_STORED)),
+    ):
         for each in found[-_MAX_STORED:]:
             yield each["time"], kind, each["step"], each
     for alert in details.alerts([run.id], _MAX_STORED):

@@ -11,6 +11,7 @@ from evsys_adapters.common.hook_arguments import fields
 from evsys_adapters.dashboard import pages
 from evsys_adapters.dashboard.contents import latest_contents
 from evsys_adapters.dashboard.delivery_views import journal_of_run
+from evsys_adapters.dashboard.error_texts import MAX_TEXT, last_line, shorten
 from evsys_adapters.dashboard.evals import EvalRow
 from evsys_adapters.dashboard.open_series import SeriesInfo
 from evsys_adapters.dashboard.pages import Direction, Json, direction_of
@@ -25,7 +26,6 @@ MAX_COMPARED: Final = 24
 _SHOWN_METRICS: Final = 3
 _MAX_METRICS: Final = 40
 """Columns of metrics in the list of runs."""
-_MAX_TEXT: Final = 20_000
 _MAX_LINE: Final = 300
 _MAX_EVALS: Final = 300
 _MAX_CONTENTS: Final = 300
@@ -183,7 +183,7 @@ def runs(
                 **{key: value for key, value in row.items() if key not in {"values", "error", "config"}},
                 "arm": shown_arm(run),
                 "config": _short(row["config"]),
-                "error": _last_line(row["error"]),
+                "error": last_line(row["error"]),
                 "seconds": run_seconds(run, now),
                 "last": [_finite(values.last(name)) for name in shown],
                 "best": [_finite(values.best(name, directions[name])) for name in shown],
@@ -225,7 +225,6 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
     assert experiment is not None
     values = RunValues(record, store.series.names(record.id))
     evals = catalogue.evals.of_run(record.id)
-    contents = catalogue.details.contents(record.id)
     runs = catalogue.records.runs(experiment.id)
     uploads = uploads_of(store, [record])
     return {
@@ -238,7 +237,7 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
         "tags": record.tags,
         "notes": record.notes,
         "now": now,
-        "error": None if record.error is None else _cut(record.error),
+        "error": None if record.error is None else shorten(record.error),
         "config": _short(RunFields(_recorded(record)).config),
         "environment": _short(record.environment),
         "summary": _short(record.summary),
@@ -251,18 +250,18 @@ def run(store: Store, public_id: str, now: float | None = None) -> Json:
             for each in catalogue.details.checkpoints(record.id)
         ],
         "alerts": [
-            {"title": each.title, "text": each.text[:_MAX_TEXT], "level": each.level, "time": each.time}
+            {"title": each.title, "text": each.text[:MAX_TEXT], "level": each.level, "time": each.time}
             for each in catalogue.details.alerts([record.id])
         ],
         "texts": [
-            {"name": name, "step": step, "text": text[:_MAX_TEXT]}
+            {"name": name, "step": step, "text": text[:MAX_TEXT]}
             for name, (step, text) in catalogue.details.texts(record.id).items()
         ],
         "contents": [
             {key: each.get(key) for key in ("name", "kind", "step", "time", "path", "size", "caption", "media_type")}
-            for each in contents[-_MAX_CONTENTS:]
+            for each in catalogue.details.contents(record.id, _MAX_CONTENTS)
         ],
-        "shown_contents": latest_contents(contents),
+        "shown_contents": latest_contents(catalogue.details, record.id),
         "events": catalogue.details.event_counts(record.id),
         **journal_of_run(store, record, experiment, now),
     }
@@ -360,7 +359,7 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
         "arm": shown_arm(run),
         "seed": run.seed,
         "state": run_state(run, now),
-        "error": _last_line(run.error),
+        "error": last_line(run.error),
         "step": run.step,
         "num_steps": run.num_steps,
         "unit": run.unit,
@@ -372,16 +371,25 @@ def _run_head(run: RunRecord, experiment: ExperimentRecord, now: float) -> Json:
 
 
 def uploads_of(store: Store, runs: Sequence[RunRecord]) -> dict[tuple[str, str], Json]:
-    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint."""
+    """Return what couriers have reported last about the upload of each checkpoint, by names of run and checkpoint.
+
+    An event that names a run only by its key counts if no other run has that key.
+    """
+    records = store.catalogue.records
     found: dict[tuple[str, str], Json] = {}
     times: dict[tuple[str, str], float] = {}
     details = store.catalogue.details
+    is_only: dict[str, bool] = {}
     for owner, key in [(0, None), *((run.id, run.key) for run in runs)]:
         for tag in details.event_counts(owner):
             state = _UPLOAD_EVENTS.get(tag.rpartition(".")[2])
             for event in [] if state is None else details.kept_events(owner, tag, _MAX_UPLOAD_EVENTS):
                 about = fields(event["fields"])
                 name = (key or str(about.get("run")), str(about.get("checkpoint")))
+                if key is None and name[0] not in is_only:
+                    is_only[name[0]] = len(records.ids_of_key(name[0])) == 1
+                if key is None and not is_only[name[0]]:
+                    continue
                 if name not in found or times[name] < event["time"]:
                     size = about.get("bytes") or about.get("total_bytes")
                     found[name] = {"upload": state, "url": about.get("url"), "bytes": size}
@@ -481,20 +489,3 @@ def _short_value(value: Any) -> Any:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None else finite(value)
-
-
-def _last_line(text: str | None) -> str | None:
-    """Return of a traceback the line that names the error, of another text the first one."""
-    if not text:
-        return None
-    lines = _cut(text).strip().splitlines() or [""]
-    return (lines[-1] if _is_traceback(text) else lines[0])[:_MAX_LINE]
-
-
-def _cut(text: str) -> str:
-    """Return the end of a long traceback, the beginning of another long text."""
-    return text[-_MAX_TEXT:] if _is_traceback(text) else text[:_MAX_TEXT]
-
-
-def _is_traceback(text: str) -> bool:
-    return text.startswith("Traceback")
