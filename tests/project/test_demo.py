@@ -186,6 +186,7 @@ def demo(*folders):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(90)  # three demos
 def test_the_demo_killed_by_sigterm_in_the_middle_and_resumed_is_an_undisturbed_run_in_every_file(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
